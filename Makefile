@@ -1,0 +1,22 @@
+.PHONY: demo test
+.DELETE_ON_ERROR:
+
+PYTHON = .venv/bin/python
+export MPLCONFIGDIR = $(CURDIR)/.venv/matplotlib
+
+demo: .venv/installed  ## the whole program on synthetic lesions
+	$(PYTHON) train.py --preset demo
+
+test: .venv/installed-dev  ## all tests
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(PYTHON) -m pytest
+
+.venv/installed: requirements.txt
+	python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

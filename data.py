@@ -1,0 +1,506 @@
+"""ISIC 2017 folders, or synthetic lesions, to one HDF5 file; reading that file; the paper's split.
+
+python data.py isic isic2017 datasets/isic2017.h5               # 192x240, one grey channel, as in the paper
+python data.py synthetic datasets/synthetic.h5 --images 200     # lesions drawn by the program, no download
+python data.py info datasets/isic2017.h5
+python data.py show datasets/isic2017.h5 sheet.png
+"""
+
+import argparse
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from scipy import fft, ndimage
+
+from utils import UserError, map_in_order, run_command, track, whole_file
+
+LAYOUT_VERSION = 1
+PARTS = {"train": "Training", "validation": "Validation", "test": "Test_v2"}  # ours: the challenge's
+SPLIT_SEED = 2017
+# Two pictures of one lesion each: on one side of any split.
+NEAR_DUPLICATES = [
+    ("ISIC_0012290", "ISIC_0013594"),
+    ("ISIC_0012672", "ISIC_0012673"),
+    ("ISIC_0012756", "ISIC_0013184"),
+]
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on a bad file
+
+
+# ---------------------------------------------------------------------------------------------- the folders of ISIC
+
+
+class Pair(NamedTuple):
+    id: str
+    part: str
+    image: Path
+    mask: Path
+
+
+def find_pairs(source):
+    """The image and the mask of every id in the ISIC 2017 folders below `source`: a list of Pair, sorted by id.
+
+    Folders may lie one level deeper, as the zips unpack. Raises UserError for what is missing or there twice.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        raise UserError(f"{source}: there is no such folder; give the one that holds ISIC-2017_Training_Data")
+    pairs = []
+    for part, name in PARTS.items():
+        images = _files_by_id(source, f"ISIC-2017_{name}_Data", r"(ISIC_\d+)\.jpe?g")
+        masks = _files_by_id(source, f"ISIC-2017_{name}_Part1_GroundTruth", r"(ISIC_\d+)_segmentation\.png")
+        if part == "train" and not images:
+            raise UserError(f"{source}: no ISIC_*.jpg in a folder ISIC-2017_Training_Data here or one level deeper")
+        for these, others, kind in ((images, masks, "mask"), (masks, images, "image")):
+            alone = sorted(these.keys() - others.keys())
+            if alone:
+                raise UserError(
+                    f"{these[alone[0]]} has no {kind} ({len(alone)} such files): unpack the {name} images and their "
+                    "Part1_GroundTruth, both whole, or remove the file"
+                )
+        pairs += [Pair(id, part, images[id], masks[id]) for id in sorted(images)]
+    twice = sorted(id for ids in [[pair.id for pair in pairs]] for id in set(ids) if ids.count(id) > 1)
+    if twice:
+        raise UserError(f"{twice[0]} is in two parts of the challenge's data: remove it from one")
+    return pairs
+
+
+def _files_by_id(source, folder, pattern):
+    files = {}
+    for path in sorted([*source.glob(f"{folder}/*"), *source.glob(f"*/{folder}/*")]):
+        match = re.fullmatch(pattern, path.name, re.IGNORECASE)
+        if not match:
+            continue
+        id = match[1].upper()
+        if id in files:
+            raise UserError(f"{files[id]} and {path} are both for {id}: remove one of them")
+        files[id] = path
+    return files
+
+
+def read_image(path, height, width, channels):
+    """One picture at the network's size: (uint8 (height, width, channels), its original (height, width)).
+
+    One channel is the luminance. The aspect ratio is not kept, as in the paper; down-sampling is anti-aliased.
+    Raises UserError if the file is no 8-bit picture or is damaged.
+    """
+    mode = "L" if channels == 1 else "RGB"
+    try:
+        with Image.open(path) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise UserError(f"{path}: more than 8 bits per channel; save it with 8")
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            original = picture.size if turned else picture.size[::-1]  # as displayed: (height, width)
+            # A JPEG decodes at 1/2, 1/4 or 1/8 of its size, in grey if asked: far less work, the same result.
+            picture.draft(mode, (width, height))
+            picture = ImageOps.exif_transpose(picture)
+            pixels = np.asarray(picture.convert(mode).resize((width, height), Image.Resampling.BILINEAR))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file")
+    except UNREADABLE as error:
+        raise UserError(f"{path}: not a readable picture ({error}); get or export it again")
+    return pixels.reshape(height, width, channels), original
+
+
+def read_mask(path, height, width):
+    """One mask at the network's size: (uint8 0/1 (height, width), its original (height, width)).
+
+    Grey values at edges are rounded. Raises UserError if the mask is unreadable, not two-valued, or empty.
+    """
+    try:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("L"))
+    except UNREADABLE as error:
+        raise UserError(f"{path}: not a readable picture ({error}); get or export it again")
+    if pixels.max() == 1:
+        pixels = pixels * np.uint8(255)
+    grey = np.mean((pixels > 15) & (pixels < 240))
+    if grey > 0.02:
+        raise UserError(f"{path}: not a mask, {grey:.0%} of it is neither black nor white; save it as 0 and 255")
+    picture = Image.fromarray(np.where(pixels > 127, np.uint8(255), np.uint8(0)))
+    small = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR)) > 127
+    if not small.any():
+        raise UserError(f"{path}: the mask is empty at {height}x{width}; draw the lesion or remove the pair")
+    return small.astype(np.uint8), pixels.shape
+
+
+def read_pair(pair, height, width, channels):
+    """Image and mask of a Pair as a row for `write_dataset`; UserError if their aspects differ by over 2 %."""
+    image, (rows, columns) = read_image(pair.image, height, width, channels)
+    mask, (mask_rows, mask_columns) = read_mask(pair.mask, height, width)
+    if abs(mask_columns * rows / (mask_rows * columns) - 1) > 0.02:
+        raise UserError(
+            f"{pair.mask} is {mask_rows}x{mask_columns} and its image {rows}x{columns} rows x columns: "
+            "not the same picture; get or draw the mask again"
+        )
+    return Row(pair.id, pair.part, (rows, columns), image, mask)
+
+
+# ------------------------------------------------------------------------------------------------- synthetic lesions
+
+# Light falls as exp(-density * absorbance) through a pigment, so one density range suits every skin tone.
+BROWN = np.array([0.50, 0.95, 1.20], "f4")
+BLACK, BLUE, RED, PALE = np.array([[1.7, 1.8, 1.9], [1.3, 1.0, 0.7], [0.2, 0.9, 0.8], [0.1, 0.3, 0.3]], "f4")
+LIGHT_SKIN, DARK_SKIN, HAIR = np.array([[238, 200, 186], [112, 74, 60], [60, 42, 35]], "f4")
+STICKERS = np.array([[40, 90, 190], [240, 200, 50], [60, 150, 90], [225, 120, 50], [120, 60, 140]], "f4")
+FAINT_SHARE = 0.13
+
+
+def smooth_noise(rng, height, width, decay):
+    """Noise of mean 0 and deviation 1 whose amplitude falls as frequency ** -decay."""
+    frequency = min(height, width) * np.hypot(fft.fftfreq(height)[:, None], fft.rfftfreq(width))
+    amplitude = (np.maximum(frequency, 1.0) ** -decay * (frequency > 0)).astype("f4")
+    noise = fft.irfft2(fft.rfft2(rng.standard_normal((height, width), "f4")) * amplitude, (height, width))
+    return noise / noise.std()
+
+
+def disc(y, x, radius, softness):
+    """Opacity of a round spot at the origin; lengths are fractions of the short side."""
+    return np.clip(0.5 + (radius - np.hypot(y, x)) / softness, 0, 1)
+
+
+def draw_mask(rng, y, x, hidden):
+    """One irregular blob that covers 1 % to 60 % of the picture and avoids hidden pixels."""
+    cy, cx = rng.normal(0, rng.choice([0.2, 0.45], p=[0.8, 0.2]), 2).clip(-0.8, 0.8) * [y.max(), x.max()]
+    angles, order = np.linspace(-np.pi, np.pi, 256), np.arange(2, 9)[:, None]
+    phase, weight = rng.uniform(0, 2 * np.pi, (7, 1)), rng.normal(0, rng.uniform(0.1, 0.55), (7, 1))
+    outline = (weight / order**1.3 * np.cos(order * angles + phase)).sum(0)
+    if rng.random() < 0.2:  # a notch, as where a lesion regresses
+        outline -= rng.uniform(0.3, 0.7) * np.exp(-(((angles - rng.uniform(-2, 2)) / 0.25) ** 2))
+    # In log radius the outline and its roughness keep their shape at any lesion size.
+    level = np.log(np.hypot(y - cy, x - cx) + 1e-3) - np.interp(np.arctan2(y - cy, x - cx), angles, outline)
+    level += rng.uniform(0.02, 0.1) * smooth_noise(rng, *y.shape, 1.4)
+    level[hidden] = np.inf
+    parts, _ = ndimage.label(level <= np.quantile(level, 0.012 + 0.58 * rng.beta(1.0, 2.5)))
+    # Roughness may detach islets or open pinholes; annotators outline a single region.
+    return ndimage.binary_fill_holes(parts == np.bincount(parts.ravel())[1:].argmax() + 1) & ~hidden
+
+
+def pigment(rng, mask):
+    """Optical density (height, width, 3) of a variegated lesion, from almost invisible to nearly black."""
+    density = rng.uniform(0.02, 0.05) if rng.random() < FAINT_SHARE else 0.08 + 1.5 * rng.beta(1.2, 2.0)
+    hue = BROWN * rng.uniform(0.85, 1.15, 3).astype("f4")
+    for patch in rng.choice([BLACK, BLUE, RED, PALE], rng.integers(0, 4), p=[0.4, 0.2, 0.2, 0.2]):
+        extent = 1 / (1 + np.exp(4 * (rng.uniform(0, 1) - smooth_noise(rng, *mask.shape, 1.9))))
+        hue = hue + rng.uniform(0.4, 0.9) * extent[..., None] * (patch - hue)
+    texture = np.exp(rng.uniform(0.1, 0.35) * smooth_noise(rng, *mask.shape, rng.uniform(0.9, 1.6)))
+    # Only the look is softened: the mask stays the sharp outline that the pigment fades around.
+    edge = ndimage.gaussian_filter(mask.astype("f4"), min(mask.shape) * rng.choice([0.006, 0.01, 0.025]))
+    return (density * texture * edge)[..., None] * hue
+
+
+def draw_hairs(rng, height, width):
+    """Opacity of 0 to 39 thin curved hairs."""
+    strokes, short = np.zeros((height, width), "f4"), min(height, width)
+    t = np.linspace(0, 1, 2 * short)[:, None]
+    for _ in range(rng.choice([0, rng.integers(1, 8), rng.integers(8, 40)], p=[0.45, 0.35, 0.2])):
+        heading = rng.uniform(0, 2 * np.pi) + np.array([0, rng.normal(0, 0.4)])
+        first, last = rng.uniform(0.2, 0.6) * short * np.stack([np.sin(heading), np.cos(heading)], axis=1)
+        path = rng.uniform(-0.1, 1.1, 2) * [height, width] + 2 * t * first + t**2 * (last - first)
+        rows, columns = path[((path >= 0) & (path < [height, width])).all(1)].astype(int).T
+        strokes[rows, columns] = 1
+    thickness = max(0.45, short * rng.uniform(0.003, 0.006))
+    return np.clip(2.5 * thickness * ndimage.gaussian_filter(strokes, thickness, truncate=3), 0, 1)
+
+
+def draw_ruler(rng, image):
+    """Darkens tick marks along one edge of the image, in place."""
+    side, short = np.rot90(image, rng.integers(4)), min(image.shape[:2])
+    thickness, margin = max(1, round(0.006 * short)), int(rng.uniform(0, 0.04) * short)
+    for tick, at in enumerate(np.arange(0, side.shape[1], rng.uniform(0.035, 0.07) * short).astype(int)):
+        length = int((0.05 if tick % 5 else 0.09) * short)
+        side[margin : margin + length, at : at + thickness] *= 0.3
+
+
+def draw_lesion(rng, height, width):
+    """One dermoscopy-like image, uint8 (height, width, 3), with its exact mask, uint8 0/1 (height, width)."""
+    y, x = np.indices((height, width), "f4") / min(height, width)
+    y, x = y - y.mean(), x - x.mean()
+    field, sticker = np.ones_like(y), np.zeros_like(y)
+    if rng.random() < 0.25:  # dark corners of the dermatoscope
+        field = disc(y, x, np.hypot(y.max(), x.max()) * rng.uniform(0.78, 0.93), 0.06)
+    if rng.random() < 0.12:
+        cy, cx = rng.choice([-1, 1], 2) * [y.max(), x.max()] * rng.uniform(0.75, 1)
+        sticker = disc(y - cy, x - cx, rng.uniform(0.1, 0.25), 0.01)
+    mask = draw_mask(rng, y, x, hidden=(field < 0.5) | (sticker > 0.5))
+    skin = LIGHT_SKIN + rng.beta(1.0, 2.0) * (DARK_SKIN - LIGHT_SKIN) + rng.normal(0, 5, 3).astype("f4")
+    redness = rng.uniform(0, 0.05) * smooth_noise(rng, height, width, 1.5)[..., None] * RED
+    light = 1 + rng.normal(0, 0.1) * y + rng.normal(0, 0.1) * x - rng.uniform(0, 0.3) * (y**2 + x**2)
+    image = skin * light[..., None] * np.exp(-redness - pigment(rng, mask))
+    image += sticker[..., None] * (rng.choice(STICKERS) - image)
+    if rng.random() < 0.25:
+        draw_ruler(rng, image)
+    image += 0.85 * draw_hairs(rng, height, width)[..., None] * (HAIR * rng.uniform(0.5, 1.5) - image)
+    image *= 0.06 + 0.94 * field[..., None]
+    image += rng.uniform(1, 4) * rng.standard_normal(image.shape, "f4")
+    return image.clip(0, 255).astype(np.uint8), mask.astype(np.uint8)
+
+
+def draw_row(index, seed, height, width, channels):
+    """Lesion number `index` of those that `seed` gives, whatever their number."""
+    image, mask = draw_lesion(np.random.default_rng([seed, index]), height, width)
+    if channels == 1:
+        image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
+    return Row(f"SYNTHETIC_{index:07d}", "train", (height, width), image, mask)
+
+
+# ------------------------------------------------------------------------------------------------------ the HDF5 file
+
+
+class Row(NamedTuple):
+    id: str
+    part: str
+    original_size: tuple  # (height, width)
+    image: np.ndarray  # uint8 (H, W, C)
+    mask: np.ndarray  # uint8 0/1 (H, W)
+
+
+def write_dataset(out, rows, count, height, width, channels, source, force=False):
+    """Write `count` rows to the HDF5 file `out`, whole or not at all.
+
+    `images` uint8 (N, H, W, C) and `masks` uint8 0/1 (N, H, W), a chunk per image; `ids`, `part`, `original_sizes`
+    (height, width); attributes source, height, width, channels, layout_version.
+    Raises UserError if `out` exists (unless `force`), the size does not suit the network, or the disk is too small.
+    """
+    out = Path(out)
+    check_output(out, force)
+    if height % 16 or width % 16 or min(height, width) < 16:
+        raise UserError(f"--height {height} --width {width}: the network halves both four times; use multiples of 16")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    needed = count * height * width * (channels + 1) * 1.01
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise UserError(f"{out.parent} has {free / 1e6:.0f} MB free and {out.name} needs {needed / 1e6:.0f} MB")
+    with whole_file(out) as partial:
+        with h5py.File(partial, "w") as file:
+            images = (count, height, width, channels)
+            file.create_dataset("images", images, "uint8", chunks=(1, *images[1:]))
+            file.create_dataset("masks", images[:3], "uint8", chunks=(1, *images[1:3]))
+            file.create_dataset("ids", count, h5py.string_dtype())
+            file.create_dataset("part", count, h5py.string_dtype())
+            file.create_dataset("original_sizes", (count, 2), "int32")
+            file.attrs.update(source=str(source), height=height, width=width, channels=channels)
+            file.attrs["layout_version"] = LAYOUT_VERSION
+            for n, row in enumerate(track(rows, f"writing {out.name}", count)):
+                file["ids"][n], file["part"][n], file["original_sizes"][n] = row.id, row.part, row.original_size
+                file["images"][n], file["masks"][n] = row.image, row.mask
+        with Dataset(partial) as written:
+            if len(set(written.ids)) < count or not written.masks([count - 1]).any():
+                raise UserError(f"{out}: what was written does not read back; check the disk and try again")
+
+
+def check_output(path, force):
+    """Raise UserError if the output file `path` exists, unless `force`; a folder is never replaced."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
+    if Path(path).exists() and not force:
+        raise UserError(f"{path} exists already; give another name, or --force to replace it")
+
+
+class Dataset:
+    """An HDF5 file of `write_dataset`, open for reading. Images are addressed by their position in the whole file.
+
+    path, source, height, width, channels; ids and part: str arrays (N,); original_sizes: int (N, 2).
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            self._file = h5py.File(path)
+            version = self._file.attrs["layout_version"]
+            self.source = self._file.attrs["source"]
+            _, self.height, self.width, self.channels = self._file["images"].shape
+            self.ids = self._file["ids"].asstr()[:]
+            self.part = self._file["part"].asstr()[:]
+            self.original_sizes = self._file["original_sizes"][:]
+        except FileNotFoundError:
+            raise UserError(f"{path}: there is no such file")
+        except (OSError, KeyError) as error:
+            raise self._damaged(error)
+        if version != LAYOUT_VERSION:
+            raise UserError(f"{path}: layout version {version}, this program reads {LAYOUT_VERSION}; make it again")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    def __len__(self):
+        return len(self.ids)
+
+    def images(self, positions):
+        """uint8 (n, H, W, C), in the order of `positions`."""
+        return self._read("images", positions)
+
+    def masks(self, positions):
+        """uint8 0/1 (n, H, W), in the order of `positions`."""
+        return self._read("masks", positions)
+
+    def _read(self, name, positions):
+        stored = self._file[name]
+        pixels = np.empty((len(positions), *stored.shape[1:]), stored.dtype)
+        try:
+            for n, position in enumerate(positions):  # h5py's own lists of positions must be sorted, and are slower
+                stored.read_direct(pixels, np.s_[position], np.s_[n])
+        except OSError as error:
+            raise self._damaged(error)
+        return pixels
+
+    def _damaged(self, error):
+        reason = " ".join(str(error).split())
+        return UserError(f"{self.path}: not a data file of data.py, or a damaged one ({reason}); make it again")
+
+
+class Split(NamedTuple):
+    initial: np.ndarray  # positions labelled from the start
+    pool: np.ndarray  # positions that the oracle can be asked for
+    test: np.ndarray  # positions never seen in training
+
+
+def split(dataset, initial=600, pool=1000, test=400, seed=SPLIT_SEED):
+    """The paper's split of the dataset's training part, drawn by `seed`: a Split of sorted positions.
+
+    Near-duplicates are on one side. Raises UserError if there are fewer images than asked for.
+    """
+    candidates = np.flatnonzero(dataset.part == "train")
+    unused = len(candidates) - initial - pool - test
+    if unused < 0:
+        raise UserError(
+            f"{dataset.path} has {len(candidates)} training images, too few for {initial} labelled + {pool} in the "
+            f"pool + {test} for test; lower --initial, --pool or --test"
+        )
+    order = np.random.default_rng(seed).permutation(candidates)
+    side = np.repeat(range(4), [initial, pool, test, unused])
+    _join_near_duplicates(dataset.ids, order, side)
+    return Split(*(np.sort(order[side == number]) for number in range(3)))
+
+
+def _join_near_duplicates(ids, order, side):
+    """Exchange positions within `order`, in place, until both of each pair have the same `side`."""
+    twins = [id for pair in NEAR_DUPLICATES for id in pair]
+    place = {id: k for k, id in enumerate(ids[order]) if id in twins}
+    for pair in NEAR_DUPLICATES:
+        if not place.keys() >= set(pair) or side[place[pair[0]]] == side[place[pair[1]]]:
+            continue
+        stays, moves = sorted((place[id] for id in pair), key=lambda k: -np.sum(side == side[k]))
+        free = np.flatnonzero((side == side[stays]) & ~np.isin(ids[order], twins))
+        if not len(free):
+            raise UserError(f"near-duplicates {pair[0]} and {pair[1]} do not fit on one side: enlarge the split")
+        order[[moves, free[0]]] = order[[free[0], moves]]
+
+
+def normalisation(dataset, positions):
+    """Mean and standard deviation of each channel over all pixels of these images: two lists of float."""
+    count, total, squares = 0, 0.0, 0.0
+    for start in range(0, len(positions), 100):
+        pixels = dataset.images(positions[start : start + 100]).reshape(-1, dataset.channels).astype(np.float64)
+        count += len(pixels)
+        total, squares = total + pixels.sum(0), squares + (pixels**2).sum(0)
+    mean = total / count
+    std = np.sqrt(squares / count - mean**2)
+    return mean.tolist(), np.maximum(std, 1.0).tolist()
+
+
+def normalise(images, mean, std):
+    """uint8 (..., C) to the network's input, float32 (..., C), with the mean and std that `normalisation` gave."""
+    return (images - np.float32(mean)) / np.float32(std)
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+
+def make_isic(args):
+    """`data.py isic`: the challenge's folders to one file."""
+    check_output(args.out, args.force)
+    size = args.height, args.width, args.channels
+    pairs = find_pairs(args.source)
+    rows = map_in_order(lambda pair: read_pair(pair, *size), pairs)
+    write_dataset(args.out, rows, len(pairs), *size, "ISIC 2017", args.force)
+    print(f"{args.out}: {len(pairs)} images; next: python train.py --data {args.out}")
+
+
+def make_synthetic(args):
+    """`data.py synthetic`: drawn lesions to one file."""
+    if args.images < 1 or args.seed < 0:
+        raise UserError(f"--images {args.images} --seed {args.seed}: draw at least 1 image, from a seed of at least 0")
+    size = args.height, args.width, args.channels
+    rows = map_in_order(lambda index: draw_row(index, args.seed, *size), range(args.images))
+    write_dataset(args.out, rows, args.images, *size, f"synthetic lesions, seed {args.seed}", args.force)
+    print(f"{args.out}: {args.images} images; next: python train.py --preset demo --data {args.out}")
+
+
+def print_info(args):
+    """`data.py info`: what is in a file."""
+    with Dataset(args.file) as dataset:
+        area = [dataset.masks([n]).mean() for n in track(range(len(dataset)), "reading masks")]
+        sizes = dataset.original_sizes
+        print(f"source          {dataset.source}")
+        print(f"images          {len(dataset)} of {dataset.height}x{dataset.width}, {dataset.channels} channel(s)")
+        for part in PARTS:
+            print(f"  {part:<13} {np.sum(dataset.part == part)}")
+        print(f"original sizes  {'x'.join(map(str, sizes.min(0)))} to {'x'.join(map(str, sizes.max(0)))}")
+        print(f"lesion area     median {np.median(area):.1%}, from {min(area):.1%} to {max(area):.1%} of the image")
+        print(f"ids             {dataset.ids[0]} to {dataset.ids[-1]}")
+
+
+def draw_sheet(args):
+    """`data.py show`: a contact sheet of images spread evenly over the file, the mask's outline on each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    check_output(args.out, args.force)
+    if args.images < 1 or Path(args.out).suffix.lower() != ".png":
+        raise UserError(f"--images {args.images}, {args.out}: draw at least 1 image, to a file that ends in .png")
+    with Dataset(args.file) as dataset:
+        positions = np.unique(np.linspace(0, len(dataset) - 1, args.images).astype(int))
+        rows = -(-len(positions) // 6)
+        _, axes = plt.subplots(rows, 6, figsize=(12, 12 * rows / 6), squeeze=False)
+        for ax, position in zip(axes.flat, positions):
+            ax.imshow(dataset.images([position])[0], cmap="gray")
+            ax.contour(dataset.masks([position])[0], [0.5], colors="cyan", linewidths=1)
+            ax.set_title(dataset.ids[position], fontsize=8)
+        for ax in axes.flat:
+            ax.axis("off")
+    with whole_file(args.out) as partial:
+        plt.savefig(partial, dpi=120, bbox_inches="tight")
+    print(f"{args.out}: {len(positions)} of the file's images")
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, function, help, *arguments):
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(function=function)
+        for argument in arguments:
+            sub.add_argument(argument)
+        return sub
+
+    isic = command("isic", make_isic, "read the ISIC 2017 challenge's folders", "source", "out")
+    synthetic = command("synthetic", make_synthetic, "draw dermoscopy-like lesions", "out")
+    synthetic.add_argument("--images", type=int, default=200, help="how many (default %(default)s)")
+    synthetic.add_argument("--seed", type=int, default=1, help="which (default %(default)s)")
+    for sub in (isic, synthetic):
+        sub.add_argument("--height", type=int, default=192, help="rows, a multiple of 16 (default %(default)s)")
+        sub.add_argument("--width", type=int, default=240, help="columns, a multiple of 16 (default %(default)s)")
+        sub.add_argument("--channels", type=int, default=1, choices=(1, 3), help="1 grey, 3 RGB (default 1)")
+    command("info", print_info, "print what is in a data file", "file")
+    show = command("show", draw_sheet, "draw a contact sheet of a data file", "file", "out")
+    show.add_argument("--images", type=int, default=24, help="how many (default %(default)s)")
+    for sub in (isic, synthetic, show):
+        sub.add_argument("--force", action="store_true", help="replace the output if it exists")
+    args = parser.parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,144 @@
+"""Masks for images: NAME_segmentation.png at the image's own size, 0 and 255, as the ISIC challenge wants them.
+
+    python predict.py photo.jpg folder/ --weights runs/NAME/iteration_09/model.weights.h5 --out masks
+    python predict.py folder/ --weights ... --out masks --uncertainty --overlay
+
+Masks go to OUT, uncertainty maps and scores.csv to OUT/uncertainty, outlines on the images to OUT/overlay.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from skimage.segmentation import mark_boundaries
+
+from ceal import uncertainty_score
+from data import normalise, read_image
+from unet import load_unet, mc_dropout
+from utils import UserError, map_in_order, progress_bar, run_command, whole_file, write_csv
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+NOT_AN_IMAGE = ("_superpixels", "_segmentation")  # what ISIC's folders hold beside the images
+BATCH = 16
+
+
+def find_images(inputs):
+    """The image files among `inputs` (files and folders), sorted within each folder: a list of Path.
+
+    Raises UserError if an input is missing, holds no image, or two images would have one mask.
+    """
+    images = []
+    for given in map(Path, inputs):
+        if given.is_dir():
+            found = [path for path in sorted(given.iterdir()) if path.suffix.lower() in SUFFIXES]
+            found = [path for path in found if not path.stem.lower().endswith(NOT_AN_IMAGE)]
+            if not found:
+                raise UserError(f"{given}: no image in this folder ({' '.join(sorted(SUFFIXES))})")
+            images += found
+        elif given.exists():
+            images.append(given)
+        else:
+            raise UserError(f"{given}: there is no such file or folder")
+    seen = {}
+    for path in images:
+        if path.stem in seen:
+            raise UserError(f"{seen[path.stem]} and {path} would have the same mask: rename one, or do it separately")
+        seen[path.stem] = path
+    return images
+
+
+def read(path, settings):
+    """(path, image at the network's size, original (height, width)), or (path, UserError, None)."""
+    try:
+        return path, *read_image(path, settings["height"], settings["width"], settings["channels"])
+    except UserError as error:
+        return path, error, None
+
+
+def resize_map(values, size):
+    """A float32 map (H, W) at the size (height, width), linearly interpolated."""
+    return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def save_png(pixels, path):
+    """Write uint8 pixels, whole or not at all."""
+    with whole_file(path) as partial:
+        Image.fromarray(pixels).save(partial)
+
+
+def save_results(out, path, size, prediction, variance, overlay):
+    """Write what was asked for about one image: prediction and variance (or None) are float32 maps (H, W)."""
+    mask = resize_map(prediction, size) > 0.5
+    save_png(mask.astype(np.uint8) * 255, out / f"{path.stem}_segmentation.png")
+    if variance is not None:
+        # 0.25 is the largest variance that a probability can have.
+        grey = np.round(resize_map(variance, size) / 0.25 * 255).astype(np.uint8)
+        save_png(grey, out / "uncertainty" / f"{path.stem}_uncertainty.png")
+    if overlay:
+        with Image.open(path) as picture:
+            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+        outlined = mark_boundaries(pixels, mask, color=(0, 1, 1), mode="thick")
+        save_png((outlined * 255).astype(np.uint8), out / "overlay" / f"{path.stem}_overlay.png")
+
+
+def predict_batch(model, settings, images, passes):
+    """Probability maps float32 (N, H, W) and, if `passes`, the Monte Carlo variance too, else a None for each."""
+    inputs = normalise(np.stack(images), settings["mean"], settings["std"])
+    prediction = model.predict(inputs, verbose=0)[..., 0]
+    if not passes:
+        return prediction, [None] * len(images), [None] * len(images)
+    mean, variance = mc_dropout(model, inputs, passes, seed=0)
+    return prediction, variance, [uncertainty_score(v, m) for v, m in zip(variance, mean)]
+
+
+def predict_all(images, model, settings, out, passes, overlay):
+    """Write the results of every image. Returns the scores, a list of (name, score), and what could not be read."""
+    scores, bad, batch = [], [], []
+    read_all = map_in_order(lambda path: read(path, settings), images)
+    with progress_bar() as progress:
+        task = progress.add_task("images", total=len(images))
+        for n, (path, image, size) in enumerate(read_all, 1):
+            if size is None:
+                bad.append(image)
+            else:
+                batch.append((path, image, size))
+            if len(batch) == BATCH or (batch and n == len(images)):
+                paths, pictures, sizes = zip(*batch)
+                prediction, variance, score = predict_batch(model, settings, pictures, passes)
+                rows = zip(paths, sizes, prediction, variance)
+                for _ in map_in_order(lambda row: save_results(out, *row, overlay), rows):
+                    pass
+                scores += [(path.stem, value) for path, value in zip(paths, score)]
+                batch = []
+            progress.update(task, completed=n)
+    return scores, bad
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image files and folders of images")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="a model.weights.h5 that train.py wrote")
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="the folder for the masks")
+    parser.add_argument("--uncertainty", action="store_true", help="uncertainty maps (white is 0.25) and scores.csv")
+    parser.add_argument("--overlay", action="store_true", help="the mask's outline drawn on the image")
+    parser.add_argument("--passes", type=int, default=20, help="Monte Carlo passes of --uncertainty (default 20)")
+    args = parser.parse_args()
+    if args.passes < 1:
+        raise UserError(f"--passes {args.passes}: must be at least 1")
+    images = find_images(args.inputs)
+    model, settings = load_unet(args.weights)
+    passes = args.passes if args.uncertainty else 0
+    scores, bad = predict_all(images, model, settings, args.out, passes, args.overlay)
+    if args.uncertainty and scores:
+        write_csv(args.out / "uncertainty" / "scores.csv", ["name", "uncertainty"], scores)
+    for error in bad:
+        print(f"error: {error}", file=sys.stderr)
+    print(f"{args.out}: {len(images) - len(bad)} masks" + (f"; {len(bad)} images could not be read" if bad else ""))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,48 @@
+"""What several tests share: a small trained network, and the scripts run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Run `python SCRIPT ARGUMENTS...` in an empty folder, as a user does; returns the CompletedProcess."""
+
+    def run(script, *arguments):
+        command = [sys.executable, ROOT / script, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def unet_weights(tmp_path_factory):
+    """The path of a 48x64 network's weights that find a dark blob on a light ground; 1 channel, 8 filters."""
+    from unet import build_unet, dice_loss, keras, save_unet
+
+    keras.utils.set_random_seed(1)
+    model = build_unet(48, 64, filters=8)
+    model.compile(keras.optimizers.Adam(1e-3), dice_loss)
+    images, masks = blobs(64, 48, 64)
+    model.fit((images - 128) / np.float32(50), masks, batch_size=4, epochs=8, verbose=0)
+    path = tmp_path_factory.mktemp("weights") / "model.weights.h5"
+    save_unet(model, path, [128.0], [50.0])
+    return path
+
+
+def blobs(count, height, width, seed=0):
+    """Dark discs on a light ground: images float32 0..255 (N, H, W, 1) and masks float32 0/1 (N, H, W, 1)."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    centres = rng.uniform(0.3, 0.7, (count, 2)) * (height, width)
+    radii = rng.uniform(0.15, 0.3, count) * height
+    masks = np.stack([np.hypot(y - cy, x - cx) < r for (cy, cx), r in zip(centres, radii)])
+    images = np.where(masks, 60, 190) + rng.normal(0, 5, masks.shape)
+    return images[..., None].astype(np.float32), masks[..., None].astype(np.float32)

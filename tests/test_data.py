@@ -1,0 +1,440 @@
+"""data.py: ISIC folders to HDF5, every kind of bad file, the split, the statistics, the synthetic lesions."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from utils import UserError, run_command
+
+SIZE = ("--height", 32, "--width", 48)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `data.py ARGUMENTS...` in this process: (exit code, stdout, stderr). Any other exception is a failure."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            run_command(data.main)
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def isic(tmp_path):
+    """A folder of three good pairs."""
+    for n in (1, 2, 3):
+        save_pair(tmp_path / "isic", f"ISIC_{n:07d}")
+    return tmp_path / "isic"
+
+
+def folders(source, part="Training"):
+    """The folders of a part's images and masks."""
+    return source / f"ISIC-2017_{part}_Data", source / f"ISIC-2017_{part}_Part1_GroundTruth"
+
+
+def save_pair(source, id, rows=16, color=(150, 100, 80), part="Training", suffixes=(".jpg", "_segmentation.png")):
+    """A plain picture of 64x96 whose upper `rows` rows are lesion."""
+    for folder in folders(source, part):
+        folder.mkdir(parents=True, exist_ok=True)
+    image, mask = (folder / f"{id}{suffix}" for folder, suffix in zip(folders(source, part), suffixes))
+    save(image, np.full((64, 96, 3), color), quality=95)
+    save(mask, 255 * (np.indices((64, 96))[0] < rows))
+
+
+def save(path, pixels, **options):
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(path, **options)
+    return path
+
+
+def read(path):
+    """Everything in an HDF5 file of data.py, without data.py."""
+    with h5py.File(path) as file:
+        text = {name: file[name].asstr()[:].tolist() for name in ("ids", "part")}
+        arrays = {name: file[name][:] for name in ("images", "masks", "original_sizes")}
+        return {**text, **arrays, "chunks": file["images"].chunks, "attributes": dict(file.attrs)}
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def assert_refused(result, *names):
+    """Exit code 2, and one line on stderr that has these names."""
+    code, _, err = result
+    assert (code, err.count("\n"), err[:7]) == (2, 1, "error: ")
+    for name in names:
+        assert Path(name).name in err
+
+
+def assert_nothing_written(folder):
+    assert [path for path in folder.rglob("*") if path.name.startswith(".partial") or path.suffix == ".h5"] == []
+
+
+# ------------------------------------------------------------------------------------------------- folders to a file
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_isic_writes_each_image_with_its_own_mask(run, tmp_path, channels):
+    # By name ISIC_1.jpg precedes ISIC_10.jpg, and ISIC_10_segmentation.png precedes ISIC_1_segmentation.png.
+    rows = {"ISIC_1": 8, "ISIC_10": 24, "ISIC_2": 40, "ISIC_0000003": 56}
+    color = {"ISIC_1": (200, 120, 90), "ISIC_10": (90, 160, 70), "ISIC_2": (60, 80, 150), "ISIC_0000003": (30, 30, 30)}
+    suffixes = [(".jpg", "_segmentation.png"), (".JPG", "_Segmentation.png"), (".jpeg", "_Segmentation.PNG")]
+    for n, id in enumerate(rows):
+        save_pair(tmp_path, id, rows[id], color[id], suffixes=suffixes[n % 3])
+    for name in ("ISIC_1_superpixels.png", "ISIC_1.csv", "ISIC_1.txt", "ISIC_77.jpg.txt", "._ISIC_1.jpg"):
+        for folder in folders(tmp_path):
+            (folder / name).write_text("passed over")
+
+    code, out, err = run("isic", tmp_path, tmp_path / "new" / "x.h5", *SIZE, "--channels", channels)
+    assert (code, err) == (0, "")
+    assert "4 images" in out
+    file = read(tmp_path / "new" / "x.h5")
+    assert sorted(file["ids"]) == sorted(rows)
+    assert file["part"] == ["train"] * 4
+    assert file["images"].dtype == file["masks"].dtype == np.uint8
+    assert (file["images"].shape, file["masks"].shape) == ((4, 32, 48, channels), (4, 32, 48))
+    assert file["chunks"] == (1, 32, 48, channels)
+    assert file["original_sizes"].tolist() == [[64, 96]] * 4
+    expected = {"source": "ISIC 2017", "height": 32, "width": 48, "channels": channels, "layout_version": 1}
+    assert file["attributes"] == expected
+    for id, image, mask in zip(file["ids"], file["images"], file["masks"]):
+        np.testing.assert_array_equal(mask, np.indices((32, 48))[0] < rows[id] / 2)
+        level = color[id] if channels == 3 else np.dot(color[id], (0.299, 0.587, 0.114))
+        assert np.abs(image - np.asarray(level)).max() <= 2, id
+
+
+@pytest.mark.parametrize("nested", ["{}.zip", "{}", "all in one"])
+def test_folders_may_be_nested_and_become_parts(run, tmp_path, nested):
+    for n, part in enumerate(["Test_v2", "Validation", "Validation", "Training", "Training", "Training"]):
+        save_pair(tmp_path / "flat", f"ISIC_{n}", part=part)
+    for folder in (tmp_path / "flat").iterdir():
+        (tmp_path / "isic" / nested.format(folder.name)).mkdir(parents=True, exist_ok=True)
+        shutil.copytree(folder, tmp_path / "isic" / nested.format(folder.name) / folder.name)
+    assert run("isic", tmp_path / "isic", tmp_path / "x.h5", *SIZE)[0] == 0
+    file = read(tmp_path / "x.h5")
+    assert file["part"] == ["train"] * 3 + ["validation"] * 2 + ["test"]
+    assert file["ids"] == [f"ISIC_{n}" for n in (3, 4, 5, 1, 2, 0)]
+
+
+def test_python_data_py_writes_a_file_and_tells_what_is_in_it_or_what_is_wrong(run, run_script, tmp_path):
+    for part, rows in {"Training": 8, "Validation": 16, "Test_v2": 32}.items():
+        save_pair(tmp_path / "isic", f"ISIC_{rows:07d}", rows, part=part)
+    done = run_script("data.py", "isic", "isic", "datasets/x.h5", *SIZE)
+    assert (done.returncode, done.stderr) == (0, "")
+    code, out, _ = run("info", tmp_path / "datasets" / "x.h5")
+    assert code == 0
+    for fact in ("3 of 32x48, 1 channel(s)", "train 1", "validation 1", "test 1", "64x96 to 64x96"):
+        assert fact in " ".join(out.split())
+    assert "median 25.0%, from 12.5% to 50.0%" in out  # 8, 16 and 32 rows of 64
+    assert "ISIC_0000008 to ISIC_0000032" in out
+    truncate(tmp_path / "isic" / "ISIC-2017_Training_Data" / "ISIC_0000008.jpg")
+    done = run_script("data.py", "isic", "isic", "y.h5", *SIZE)
+    assert_refused((done.returncode, done.stdout, done.stderr), "ISIC_0000008.jpg")
+
+
+# ---------------------------------------------------------------------------------------------------- single pictures
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_fine_detail_becomes_its_average_and_coarse_detail_stays(tmp_path, suffix, channels):
+    board = 255 * (np.indices((64, 96)).sum(0) % 2)
+    image, original = data.read_image(save(tmp_path / f"x.{suffix}", board, quality=95), 32, 48, channels)
+    assert (image.shape, image.dtype, original) == ((32, 48, channels), np.uint8, (64, 96))
+    assert np.abs(image - 127.5).max() < 4
+    board = 255 * ((np.indices((64, 96)) // 8).sum(0) % 2)
+    image, _ = data.read_image(save(tmp_path / f"x.{suffix}", board, quality=95), 32, 48, channels)
+    assert np.abs(image[1::4, 1::4, 0] - board[3::8, 3::8]).max() < 10
+
+
+@pytest.mark.parametrize(("covered", "expected"), [(40, 10), (41, 10), (43, 11), (44, 11)])
+def test_a_mask_is_cut_at_one_half(tmp_path, covered, expected):
+    path = save(tmp_path / "x.png", 255 * (np.indices((128, 192))[1] < covered))
+    mask, original = data.read_mask(path, 32, 48)
+    assert (mask.dtype, original) == (np.uint8, (128, 192))
+    np.testing.assert_array_equal(mask, np.indices((32, 48))[1] < expected)
+
+
+def test_a_big_jpeg_reads_as_if_decoded_in_full(tmp_path):
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(60, 200, (12, 16, 3)).astype(np.uint8))
+    pixels = np.asarray(coarse.resize((3200, 2400), Image.Resampling.BICUBIC), np.float32)
+    pixels = pixels + 6 * rng.standard_normal((2400, 3200, 1), np.float32)
+    path = save(tmp_path / "x.jpg", pixels.clip(0, 255), quality=90)
+    read = {}
+    for channels, mode in (1, "L"), (3, "RGB"):
+        read[channels], original = data.read_image(path, 192, 240, channels)
+        with Image.open(path) as picture:
+            full = np.array(picture.convert(mode).resize((240, 192), Image.Resampling.BILINEAR), float)
+        difference = np.abs(read[channels] - full.reshape(192, 240, channels))
+        assert original == (2400, 3200)
+        assert difference.mean() < 2
+        assert difference.max() < 10
+    assert np.ptp(read[3].astype(int), axis=-1).max() > 50  # a picture in colour, and grey is its luminance
+    assert np.abs(read[3] @ (0.299, 0.587, 0.114) - read[1][..., 0]).max() <= 2
+
+
+@pytest.mark.parametrize("scale", [1, 12])
+def test_a_turned_photograph_is_read_as_displayed(tmp_path, scale):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: the first row is displayed as the right column
+    stored = np.where(np.indices((64 * scale, 96 * scale))[0] < 32 * scale, 220, 30)
+    image, original = data.read_image(save(tmp_path / "x.jpg", stored, exif=exif), 48, 32, 1)
+    assert original == (96 * scale, 64 * scale)
+    assert image[:, 18:].min() > 200
+    assert image[:, :14].max() < 50
+
+
+@pytest.mark.parametrize("white", [1, 255])
+def test_masks_of_0_and_1_and_masks_with_grey_edges_are_read(tmp_path, white):
+    y, x = np.indices((64, 96))
+    lesion = (y >= 16) & (x >= 32)
+    pixels = lesion * white
+    if white == 255:  # 40 grey pixels, 0.7 % of all: bright in the lesion, dark outside
+        pixels[16, 40:60], pixels[15, 40:60] = 200, 60
+    mask, _ = data.read_mask(save(tmp_path / "x.png", pixels), 64, 96)
+    np.testing.assert_array_equal(mask, lesion)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+IMAGE, MASK = (folder / "ISIC_0000002" for folder in folders(Path()))
+IMAGE, MASK = IMAGE.with_suffix(".jpg"), MASK.with_name("ISIC_0000002_segmentation.png")
+HTML = "<html>not found</html>\n" * 20
+BAD_INPUTS = {  # what was done to the folder, and what the message names
+    "folder missing": (shutil.rmtree, "isic"),
+    "folder empty": (lambda isic: [shutil.rmtree(folder) for folder in folders(isic)], "isic"),
+    "image without mask": (lambda isic: (isic / MASK).unlink(), IMAGE),
+    "mask without image": (lambda isic: (isic / IMAGE).unlink(), MASK),
+    "no masks at all": (lambda isic: shutil.rmtree((isic / MASK).parent), "ISIC_0000001.jpg"),
+    "two masks": (lambda isic: shutil.copy(isic / MASK, isic / MASK.parent / "ISIC_0000002_Segmentation.png"), MASK),
+    "an id in two parts": (lambda isic: save_pair(isic, "ISIC_0000002", part="Test_v2"), "ISIC_0000002"),
+    "truncated image": (lambda isic: truncate(isic / IMAGE), IMAGE),
+    "truncated mask": (lambda isic: truncate(isic / MASK), MASK),
+    "empty file": (lambda isic: (isic / IMAGE).write_bytes(b""), IMAGE),
+    "text named jpg": (lambda isic: (isic / IMAGE).write_text(HTML), IMAGE),
+    "text named png": (lambda isic: (isic / MASK).write_text(HTML), MASK),
+    "mask of another aspect": (lambda isic: save(isic / MASK, np.full((64, 90), 255)), MASK),
+    "mask turned": (lambda isic: save(isic / MASK, np.full((96, 64), 255)), MASK),
+    "gradient as mask": (lambda isic: save(isic / MASK, np.indices((64, 96)).sum(0) * 255 / 158), MASK),
+    "black mask": (lambda isic: save(isic / MASK, np.zeros((64, 96))), MASK),
+    "lesion of one pixel": (lambda isic: save(isic / MASK, 255 * np.eye(64, 96) * (np.arange(96) == 5)), MASK),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_a_bad_input_is_named_in_one_line_and_nothing_is_written(run, isic, name):
+    spoil, named = BAD_INPUTS[name]
+    spoil(isic)
+    assert_refused(run("isic", isic, isic.parent / "x.h5", *SIZE), named)
+    assert_nothing_written(isic.parent)
+
+
+BAD_NUMBERS = [(option, value) for option in ("--height", "--width") for value in (100, 8, 0, -16)]
+
+
+@pytest.mark.parametrize("numbers", [*BAD_NUMBERS, ("--images", 0)])
+def test_a_number_that_makes_no_sense_is_refused(run, isic, numbers):
+    for command in [("synthetic",), ("isic", isic)][: 1 if "--images" in numbers else 2]:
+        assert_refused(run(*command, isic.parent / "x.h5", *SIZE, *numbers), "{} {}".format(*numbers))
+    assert_nothing_written(isic.parent)
+
+
+def test_an_existing_output_is_kept_or_with_force_replaced(run, isic):
+    out = isic.parent / "x.h5"
+    out.write_text("precious")
+    assert_refused(run("isic", isic, out, *SIZE), "x.h5", "--force")
+    truncate(isic / IMAGE)
+    assert_refused(run("isic", isic, out, *SIZE, "--force"), IMAGE)
+    assert out.read_text() == "precious"
+    save_pair(isic, "ISIC_0000002")
+    assert run("isic", isic, out, *SIZE, "--force")[0] == 0
+    assert len(read(out)["ids"]) == 3
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_writer_that_dies_leaves_the_old_file(tmp_path, error):
+    def rows():
+        yield data.draw_row(0, 1, 16, 16, 1)
+        raise error
+
+    (tmp_path / "x.h5").write_text("precious")
+    with pytest.raises(UserError, match=r"x\.h5 exists"):
+        data.write_dataset(tmp_path / "x.h5", rows(), 2, 16, 16, 1, "test")
+    with pytest.raises(error):
+        data.write_dataset(tmp_path / "x.h5", rows(), 2, 16, 16, 1, "test", force=True)
+    assert (tmp_path / "x.h5").read_text() == "precious"
+    assert os.listdir(tmp_path) == ["x.h5"]
+
+
+def test_too_small_a_disk_is_noticed_before_anything_is_written(run, isic, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * 32 * 48 * 2))  # without any overhead
+    assert_refused(run("isic", isic, isic.parent / "x.h5", *SIZE), "x.h5", "MB free")
+    assert_nothing_written(isic.parent)
+
+
+def test_16_bit_and_missing_pictures_are_refused(tmp_path):
+    Image.fromarray(np.full((64, 96), 40000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UserError, match=r"deep\.png.*8 bits"):
+        data.read_image(tmp_path / "deep.png", 32, 48, 1)
+    with pytest.raises(UserError, match=r"none\.png"):
+        data.read_image(tmp_path / "none.png", 32, 48, 1)
+
+
+# --------------------------------------------------------------------------------------------------- reading the file
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A data file of 250 colour images of noise, each of its own brightness: (path, images, masks)."""
+    rng = np.random.default_rng(0)
+    images = (rng.random((250, 16, 16, 3)) * rng.integers(20, 256, (250, 1, 1, 3))).astype(np.uint8)
+    masks = (rng.random((250, 16, 16)) < 0.3).astype(np.uint8)
+    rows = [data.Row(f"ISIC_{n:07d}", "train", (600, 800), images[n], masks[n]) for n in range(250)]
+    data.write_dataset(tmp_path / "small.h5", rows, 250, 16, 16, 3, "test")
+    return tmp_path / "small.h5", images, masks
+
+
+def test_images_come_in_the_order_asked_for(small):
+    path, images, masks = small
+    with data.Dataset(path) as dataset:
+        assert (len(dataset), dataset.height, dataset.width, dataset.channels) == (250, 16, 16, 3)
+        for positions in [249, 0, 7, 7, 3], [5], [], np.array([9, 8, 9]):
+            np.testing.assert_array_equal(dataset.images(positions), images[np.array(positions, int)])
+            np.testing.assert_array_equal(dataset.masks(positions), masks[np.array(positions, int)])
+
+
+def test_normalisation_is_by_numpys_mean_and_deviation_of_these_images_only(small):
+    path, images, _ = small
+    positions = np.random.default_rng(1).permutation(250)[:230]
+    with data.Dataset(path) as dataset:
+        mean, std = data.normalisation(dataset, positions)
+    np.testing.assert_allclose(mean, images[positions].mean((0, 1, 2)), rtol=1e-9)
+    np.testing.assert_allclose(std, images[positions].std((0, 1, 2)), rtol=1e-9)
+    assert np.abs(mean - images.mean((0, 1, 2))).max() > 0.1  # the other images would show
+    inputs = data.normalise(np.array([[[130, 10]], [[70, 0]]], np.uint8), [100.0, 20.0], [15.0, 4.0])
+    assert inputs.dtype == np.float32
+    np.testing.assert_allclose(inputs, [[[2, -2.5]], [[-2, -5]]])
+
+
+BAD_FILES = {
+    "missing": Path.unlink,
+    "truncated": truncate,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("id,age\n" * 999),
+    "foreign": lambda path: h5py.File(path, "w").create_dataset("images", (3, 16, 16, 1), "uint8"),
+    "of another version": lambda path: h5py.File(path, "r+").attrs.update(layout_version=99),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_is_no_data_file_is_refused(run, small, name):
+    BAD_FILES[name](small[0])
+    with pytest.raises(UserError, match=r"small\.h5"):
+        data.Dataset(small[0])
+    assert_refused(run("info", small[0]), "small.h5")
+    assert_refused(run("show", small[0], small[0].with_name("sheet.png")), "small.h5")
+
+
+# ----------------------------------------------------------------------------------------------------------- the split
+
+
+def fake_dataset(train, others=0):
+    """What `split` looks at: `train` images, the near-duplicates among them, and `others`, all shuffled."""
+    ids = [id for pair in data.NEAR_DUPLICATES for id in pair] + [f"ISIC_{n:07d}" for n in range(20000, 24000)]
+    order = np.random.default_rng(0).permutation(train + others)
+    part = np.array(["train"] * train + ["test"] * others, object)[order]
+    return SimpleNamespace(ids=np.array(ids[: train + others], object)[order], part=part, path="x.h5")
+
+
+def test_the_papers_split_is_of_training_images_and_depends_on_its_seed_only():
+    dataset = fake_dataset(2000, 750)
+    split, again, other = (data.split(dataset, seed=seed) for seed in (1, 1, 2))
+    assert [len(positions) for positions in split] == [600, 1000, 400]
+    assert set(np.concatenate(split)) == set(np.flatnonzero(dataset.part == "train"))
+    assert all((np.diff(positions) > 0).all() for positions in split)
+    np.testing.assert_array_equal(np.concatenate(split), np.concatenate(again))
+    assert 100 < len(set(split.initial) & set(other.initial)) < 260  # 180 = 600 * 600 / 2000 by chance
+
+
+@pytest.mark.parametrize("unused", [0, 8])
+@pytest.mark.parametrize("counts", [(600, 1000, 400), (7, 1001, 13), (0, 1990, 10), (6, 6, 6), (8, 9, 7), (12, 0, 12)])
+def test_near_duplicates_are_on_one_side(counts, unused):
+    dataset = fake_dataset(sum(counts) + unused, 30)
+    for seed in range(50):
+        split = data.split(dataset, *counts, seed=seed)
+        assert tuple(map(len, split)) == counts
+        assert len(set(np.concatenate(split))) == sum(counts)
+        sides = [set(dataset.ids[positions]) for positions in split]
+        for one, other in data.NEAR_DUPLICATES:
+            assert [one in side for side in sides] == [other in side for side in sides], seed
+
+
+def test_a_split_that_cannot_be_is_refused_with_its_numbers():
+    with pytest.raises(UserError, match=r"x\.h5 has 1999 training images.* 600 .* 1000 .* 400 "):
+        data.split(fake_dataset(1999, 100))
+    with pytest.raises(UserError, match=r"near-duplicates ISIC_\d+ and ISIC_\d+"):
+        data.split(fake_dataset(6), 3, 3, 0)  # six images, two of a kind each
+
+
+# --------------------------------------------------------------------------------------------------- synthetic lesions
+
+
+@pytest.mark.parametrize(("height", "width", "count"), [(16, 16, 100), (48, 64, 200), (64, 48, 100), (192, 240, 10)])
+def test_a_lesion_has_an_image_and_a_mask_neither_empty_nor_full(height, width, count):
+    for seed in range(count):
+        image, mask = data.draw_lesion(np.random.default_rng(seed), height, width)
+        assert (image.shape, image.dtype) == ((height, width, 3), np.uint8)
+        assert (mask.shape, mask.dtype) == ((height, width), np.uint8)
+        assert set(np.unique(mask)) == {0, 1}, seed
+
+
+def test_synthetic_lesions_are_those_of_the_seed_whatever_their_number(run, tmp_path):
+    for name, count, seed, channels in ("a", 5, 1, 1), ("b", 5, 1, 1), ("c", 3, 1, 3), ("d", 5, 2, 1):
+        options = "--images", count, "--seed", seed, "--channels", channels
+        assert run("synthetic", tmp_path / name, *options, *SIZE)[0] == 0
+    a, b, c, d = (read(tmp_path / name) for name in "abcd")
+    assert len(set(a["ids"])) == 5
+    assert set(a["part"]) == {"train"}
+    for name in ("images", "masks", "ids"):
+        np.testing.assert_array_equal(a[name], b[name])
+    np.testing.assert_array_equal(a["masks"][:3], c["masks"])
+    assert np.abs(c["images"] @ (0.299, 0.587, 0.114) - a["images"][:3, ..., 0]).max() <= 1
+    assert len(np.unique(np.concatenate([a["images"], d["images"]]), axis=0)) == 10
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_show_draws_the_outlines_on_a_sheet(run, tmp_path, channels):
+    assert run("synthetic", tmp_path / "x.h5", "--images", 8, "--channels", channels, *SIZE)[0] == 0
+    code, _, err = run("show", tmp_path / "x.h5", tmp_path / "sheet.png", "--images", 7)
+    assert (code, err) == (0, "")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        red, green, blue = np.moveaxis(np.array(sheet.convert("RGB")), -1, 0)
+    assert np.sum((red < 80) & (green > 180) & (blue > 180)) > 200
+    assert_refused(run("show", tmp_path / "x.h5", tmp_path / "sheet.png"), "sheet.png", "--force")
+
+
+# --------------------------------------------------------------------------------------------------------- real images
+
+
+@pytest.mark.skipif("ISIC2017_DIR" not in os.environ, reason="ISIC2017_DIR does not name the challenge's folders")
+def test_the_real_training_set_is_found_and_read():
+    pairs = [pair for pair in data.find_pairs(os.environ["ISIC2017_DIR"]) if pair.part == "train"]
+    assert len(pairs) == 2000
+    assert {id for pair in data.NEAR_DUPLICATES for id in pair} <= {pair.id for pair in pairs}
+    read = [data.read_pair(pair, 192, 240, 1) for pair in pairs[::200]]
+    assert all(0.002 < row.mask.mean() < 0.95 for row in read)
+    darker = [row.image[row.mask == 1].mean() < row.image[row.mask == 0].mean() for row in read]
+    assert sum(darker) >= 8  # than the skin; not where the picture has black corners

@@ -1,0 +1,369 @@
+"""train.py: the whole loop as a user runs it, what it may never do, and the moving together of image and mask."""
+
+import csv
+import json
+
+import h5py
+import numpy as np
+import pytest
+from conftest import blobs
+
+import train
+from data import Dataset, Row, split, write_dataset
+from unet import load_unet, mc_dropout
+from utils import UserError, derived_seed, segmentation_metrics
+
+TINY = "--filters 4 --initial 16 --pool 30 --test 10 --initial-epochs 4 --active-epochs 1 --batch-size 8 --passes 3"
+QUERIES = "--no-detection 2 --most-uncertain 2 --random 3 --pseudo-start 2 --pseudo-first 4 --pseudo-step 2"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """60 dark discs at 48x64; an image's id tells its position: B_0000007 is at 7."""
+    path = tmp_path_factory.mktemp("data") / "blobs.h5"
+    images, masks = blobs(60, 48, 64, seed=3)
+    rows = [
+        Row(f"B_{n:07d}", "train", (48, 64), image.clip(0, 255).astype(np.uint8), mask[..., 0].astype(np.uint8))
+        for n, (image, mask) in enumerate(zip(images, masks))
+    ]
+    write_dataset(path, rows, 60, 48, 64, 1, "discs")
+    with Dataset(path) as dataset:
+        yield dataset
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def a_run(dataset, tmp_path_factory):
+    """A whole tiny run, made by `main`; returns its folder and every (positions, targets, iteration) trained on."""
+    trained, run = [], tmp_path_factory.mktemp("runs") / "tiny"
+    fit = train.Trainer.fit
+
+    def spy(self, positions, targets, iteration):
+        trained.append((positions, targets, iteration))
+        fit(self, positions, targets, iteration)
+
+    arguments = ["train.py", "--data", dataset.path, "--run", run, "--iterations", 3, "--learning-rate", 0.003]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "fit", spy)
+        patch.setattr("sys.argv", [str(a) for a in arguments] + TINY.split() + QUERIES.split())
+        train.main()
+    return run, trained
+
+
+# --------------------------------------------------------------------------------------------- what a run writes
+
+
+def test_history_has_a_row_per_iteration(a_run):
+    history = read_csv(a_run[0] / "history.csv")
+    assert ",".join(history[0]) == (
+        "iteration,annotations,pseudo_labels,dice,jaccard,sensitivity,specificity,accuracy,threshold_jaccard,"
+        "seconds_scoring,seconds_training"
+    )
+    assert [row["iteration"] for row in history] == ["0", "1", "2", "3"]
+    assert [row["annotations"] for row in history] == ["16", "23", "30", "37"]
+    assert [row["pseudo_labels"] for row in history] == ["0", "0", "4", "6"]
+    assert float(history[-1]["dice"]) > 0.8
+
+
+def test_the_last_row_is_what_the_last_weights_reach_on_the_test_images(a_run, dataset):
+    run, _ = a_run
+    row = read_csv(run / "history.csv")[-1]
+    model, settings = load_unet(run / "iteration_03" / "model.weights.h5")
+    test = split(dataset, 16, 30, 10).test
+    inputs = (dataset.images(test) - settings["mean"][0]) / settings["std"][0]
+    prediction = model.predict(inputs.astype(np.float32), verbose=0)[..., 0] > 0.5
+    for name, values in segmentation_metrics(dataset.masks(test), prediction).items():
+        assert float(row[name]) == pytest.approx(values.mean(), abs=1e-5)
+
+
+def test_normalisation_is_of_the_images_that_may_be_seen(a_run, dataset):
+    _, settings = load_unet(a_run[0] / "iteration_00" / "model.weights.h5")
+    parts = split(dataset, 16, 30, 10)
+    seen = dataset.images([*parts.initial, *parts.pool]).astype(float)
+    assert settings["mean"] == [pytest.approx(seen.mean())]
+    assert settings["std"] == [pytest.approx(seen.std())]
+
+
+def test_a_run_holds_what_another_program_needs(a_run, dataset):
+    run, _ = a_run
+    assert sorted(p.name for p in run.iterdir()) == [
+        "config.json",
+        "dice.png",
+        "environment.json",
+        "history.csv",
+        *(f"iteration_0{k}" for k in range(4)),
+    ]
+    assert [p.name for p in (run / "iteration_00").iterdir()] == ["model.weights.h5"]
+    assert sorted(p.name for p in (run / "iteration_02").iterdir()) == [
+        "examples.png",
+        "model.weights.h5",
+        "queries.csv",
+        "scores.csv",
+        "scores.png",
+    ]
+    config = json.loads((run / "config.json").read_text())
+    assert (config["preset"], config["passes"], config["dropout"]) == ("paper", 3, 0.5)
+    environment = json.loads((run / "environment.json").read_text())
+    assert {"tensorflow", "keras", "numpy", "git_commit", "devices", "command"} <= environment.keys()
+
+
+def test_scores_are_of_the_pool_and_shrink_by_the_queries(a_run, dataset):
+    run, _ = a_run
+    pool = set(dataset.ids[split(dataset, 16, 30, 10).pool])
+    for k in (1, 2, 3):
+        rows = read_csv(run / f"iteration_0{k}" / "scores.csv")
+        assert list(rows[0]) == ["id", "uncertainty", "dice"]
+        assert {row["id"] for row in rows} == pool
+        queries = read_csv(run / f"iteration_0{k}" / "queries.csv")
+        groups = [row["group"] for row in queries]
+        pseudo = {1: 0, 2: 4, 3: 6}[k]
+        assert groups == ["no_detection"] * 2 + ["most_uncertain"] * 2 + ["random"] * 3 + ["pseudo"] * pseudo
+        assert len({row["id"] for row in queries}) == len(queries)
+        assert {row["id"] for row in queries} <= pool
+        pool -= {row["id"] for row in queries if row["group"] != "pseudo"}
+
+
+def test_a_score_is_the_papers_formula_on_the_last_weights(a_run, dataset):
+    import scipy.ndimage
+
+    run, _ = a_run
+    model, settings = load_unet(run / "iteration_01" / "model.weights.h5")
+    rows = read_csv(run / "iteration_02" / "scores.csv")[:5]
+    positions = [int(row["id"][2:]) for row in rows]
+    inputs = (dataset.images(positions) - settings["mean"][0]) / settings["std"][0]
+    mean, variance = mc_dropout(model, inputs, 3, derived_seed(1, 2, "passes"), keys=positions)
+    for n, row in enumerate(rows):
+        distance = scipy.ndimage.distance_transform_edt(mean[n] > 0.5)
+        expected = (variance[n] * distance / max(distance.max(), 1)).sum()
+        assert float(row["uncertainty"]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        dice = segmentation_metrics(dataset.masks(positions)[n : n + 1], mean[n : n + 1] > 0.5)["dice"][0]
+        assert float(row["dice"]) == pytest.approx(dice, abs=0.01)
+
+
+# ------------------------------------------------------------------------------------ what belongs to what, and never
+
+
+def test_every_image_is_trained_on_with_its_own_mask(a_run, dataset):
+    run, trained = a_run
+    parts = split(dataset, 16, 30, 10)
+    assert [iteration for *_, iteration in trained] == [0, 1, 2, 3]
+    annotated = set(dataset.ids[parts.initial])
+    for positions, targets, k in trained:
+        queries = read_csv(run / f"iteration_0{k}" / "queries.csv") if k else []
+        annotated |= {row["id"] for row in queries if row["group"] != "pseudo"}
+        pseudo = [row["id"] for row in queries if row["group"] == "pseudo"]
+        ids = dataset.ids[positions].tolist()
+        assert sorted(ids) == sorted([*annotated, *pseudo])
+        truth = dataset.masks(positions)
+        for n, id in enumerate(ids):
+            if id in annotated:
+                np.testing.assert_array_equal(targets[n], truth[n])
+
+
+def test_pseudo_labels_are_the_networks_own_soft_maps_of_those_images(a_run, dataset):
+    run, trained = a_run
+    positions, targets, _ = trained[2]
+    model, settings = load_unet(run / "iteration_01" / "model.weights.h5")
+    pseudo = {row["id"] for row in read_csv(run / "iteration_02" / "queries.csv") if row["group"] == "pseudo"}
+    at = [n for n, position in enumerate(positions) if dataset.ids[position] in pseudo]
+    assert len(at) == 4
+    inputs = (dataset.images(positions[at]) - settings["mean"][0]) / settings["std"][0]
+    mean, _ = mc_dropout(model, inputs, 3, derived_seed(1, 2, "passes"), keys=positions[at])
+    np.testing.assert_allclose(targets[at], mean, atol=1e-3)
+    assert ((targets[at] > 0.01) & (targets[at] < 0.99)).any()
+
+
+def test_test_images_are_never_trained_on(a_run, dataset):
+    test = set(split(dataset, 16, 30, 10).test)
+    for positions, *_ in a_run[1]:
+        assert not test & set(positions)
+
+
+def test_training_does_not_read_the_test_images_at_all(dataset, tmp_path, monkeypatch):
+    """With every test image and mask destroyed, the choices and the weights are the same."""
+    spoiled = tmp_path / "spoiled.h5"
+    spoiled.write_bytes(dataset.path.read_bytes())
+    with h5py.File(spoiled, "a") as file:
+        for position in split(dataset, 16, 30, 10).test:
+            file["images"][position], file["masks"][position] = 255, 1
+    for name, path in ("a", dataset.path), ("b", spoiled):
+        arguments = f"train.py --data {path} --run {tmp_path / name} --iterations 1 {TINY} {QUERIES}"
+        monkeypatch.setattr("sys.argv", arguments.split())
+        train.main()
+    first, second = (tmp_path / name / "iteration_01" for name in "ab")
+    assert (first / "queries.csv").read_text() == (second / "queries.csv").read_text()
+    with h5py.File(first / "model.weights.h5") as a, h5py.File(second / "model.weights.h5") as b:
+        assert a.attrs["unet"] == b.attrs["unet"]
+    for a, b in zip(*(load_unet(folder / "model.weights.h5")[0].get_weights() for folder in (first, second))):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_pool_that_runs_empty_ends_the_run(dataset, tmp_path, monkeypatch, capsys):
+    arguments = f"train.py --data {dataset.path} --run {tmp_path / 'r'} --iterations 9 {TINY} {QUERIES}"
+    monkeypatch.setattr("sys.argv", [*arguments.split(), "--random", "14"])
+    train.main()
+    history = read_csv(tmp_path / "r" / "history.csv")
+    assert [row["annotations"] for row in history] == ["16", "34", "46"]
+    assert "the pool is empty" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------ augmentation
+
+
+def test_image_and_mask_are_moved_together():
+    """An image that is its own mask still is after every movement."""
+    _, masks = blobs(32, 48, 64)
+    config = train.Config(rotation=40, width_shift=0.2)
+    batches = train.training_batches(masks, masks[..., 0], 8, seed=1, augment=train.augmentation(config, seed=1))
+    moved, areas = 0, []
+    for images, targets in batches:
+        images, targets = images.numpy(), targets.numpy()
+        assert set(np.unique(targets)) <= {0.0, 1.0}
+        np.testing.assert_array_equal(np.round(images), targets)
+        moved += sum(not any((target == mask).all() for mask in masks) for target in targets)
+        areas += targets.mean((1, 2, 3)).tolist()
+    assert moved > 28
+    assert np.mean(areas) == pytest.approx(masks.mean(), rel=0.2)
+
+
+def test_augmentation_reaches_as_far_as_it_says_and_no_further():
+    """A vertical bar in the middle: how far it turns and shifts."""
+    bar = np.zeros((400, 65, 65, 1), np.float32)
+    bar[:, 12:53, 32] = 1
+
+    def centre(config, seed=2):
+        batches = train.training_batches(bar, bar[..., 0], 400, seed=1, augment=train.augmentation(config, seed))
+        ((images, _),) = [(i.numpy()[..., 0], t) for i, t in batches]
+        y, x = np.mgrid[:65, :65]
+        weight = images / images.sum((1, 2), keepdims=True)
+        mean_x, mean_y = (weight * x).sum((1, 2)), (weight * y).sum((1, 2))
+        covariance = (weight * (x - mean_x[:, None, None]) * (y - mean_y[:, None, None])).sum((1, 2))
+        spread = (weight * (y - mean_y[:, None, None]) ** 2).sum((1, 2))
+        return mean_x - 32, np.degrees(np.arctan(covariance / spread))
+
+    shift, _ = centre(train.Config(rotation=0, width_shift=0.2))
+    assert 12 < np.abs(shift).max() <= 13.1
+    shift, angle = centre(train.Config(rotation=40, width_shift=0))
+    assert np.abs(shift).max() < 0.6
+    assert 35 < np.abs(angle).max() <= 40.5
+    assert (angle > 5).any()
+    assert (angle < -5).any()
+
+
+def test_half_of_the_images_are_mirrored():
+    images = np.zeros((400, 16, 16, 1), np.float32)
+    images[:, 4:12, 2:5] = 1
+    config = train.Config(rotation=0, width_shift=0)
+    ((moved, _),) = train.training_batches(images, images[..., 0], 400, seed=1, augment=train.augmentation(config, 3))
+    mirrored = (moved.numpy()[:, ::1, ::-1] == images).all((1, 2, 3))
+    assert 150 < mirrored.sum() < 250
+    assert ((moved.numpy() == images).all((1, 2, 3)) | mirrored).all()
+
+
+def test_without_augmentation_soft_targets_stay_as_they_are():
+    targets = np.random.default_rng(0).random((10, 16, 16)).astype(np.float32)
+    images = targets[..., None] * 2
+    batches = train.training_batches(images, targets, 4, seed=1)
+    seen = []
+    for inputs, outputs in batches:
+        np.testing.assert_array_equal(inputs, outputs * 2)
+        seen += [*outputs.numpy()[:, 0, 0, 0]]
+    assert sorted(seen) == sorted(targets[:, 0, 0])
+    again = [value for _, outputs in batches for value in outputs.numpy()[:, 0, 0, 0]]
+    assert seen != again  # shuffled anew
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def test_the_defaults_are_the_papers():
+    config = train.read_config([])
+    expected = {"initial": 600, "pool": 1000, "test": 400, "filters": 32, "dropout": 0.5, "learning_rate": 1e-5}
+    expected |= {"batch_size": 32, "initial_epochs": 10, "active_epochs": 2, "iterations": 9, "passes": 20}
+    expected |= {"no_detection": 10, "most_uncertain": 10, "random": 15, "rotation": 40, "width_shift": 0.2}
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.run.startswith("runs/paper-")
+
+
+def test_an_option_overrides_the_preset():
+    config = train.read_config(["--preset", "quick", "--passes", "7"])
+    assert (config.passes, config.filters, config.learning_rate) == (7, 16, train.PRESETS["quick"]["learning_rate"])
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit) as exit:
+        train.read_config(["--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')} " in text for name in vars(train.Config()))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--passes 0",
+        "--dropout 0",
+        "--dropout 1",
+        "--dropout nan",
+        "--learning-rate 0",
+        "--learning-rate -1",
+        "--learning-rate inf",
+        "--batch-size 0",
+        "--iterations -1",
+        "--width-shift 2",
+        "--seed -1",
+        "--no-detection 0 --most-uncertain 0 --random 0",
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(wrong):
+    with pytest.raises(UserError, match=wrong.split()[0]):
+        train.read_config(wrong.split())
+
+
+def test_without_data_it_says_how_to_get_it(run_script, tmp_path):
+    done = run_script("train.py")
+    assert done.returncode == 2
+    assert "datasets/isic2017.h5 is not there" in done.stderr
+    assert "python data.py isic" in done.stderr
+    assert "--preset demo" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_images_write_nothing(run_script, dataset, tmp_path):
+    done = run_script("train.py", "--data", dataset.path, "--run", "r")
+    assert done.returncode == 2
+    assert "60 training images, too few" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_run_is_not_touched(run_script, dataset, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "history.csv").write_text("precious")
+    done = run_script("train.py", "--data", dataset.path, "--run", "r")
+    assert done.returncode == 2
+    assert "r exists already" in done.stderr
+    assert (tmp_path / "r" / "history.csv").read_text() == "precious"
+
+
+def test_the_demo_as_a_user_runs_it_smaller(run_script, tmp_path):
+    options = "--initial 16 --pool 20 --test 8 --initial-epochs 1 --active-epochs 1 --iterations 1 --passes 2"
+    done = run_script("train.py", "--preset", "demo", "--run", "runs/demo", *options.split())
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert "found" in lines[0]
+    assert any(line.startswith("iteration 1: 30 annotations,   0 pseudo-labels, Dice ") for line in lines)
+    assert "python predict.py" in lines[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+    weights = "runs/demo/iteration_01/model.weights.h5"
+    assert weights in lines[-1]
+    sheet = run_script("data.py", "show", "runs/demo/synthetic.h5", "sheet.png")
+    assert sheet.returncode == 0, sheet.stderr
+    done = run_script("predict.py", "sheet.png", "--weights", weights, "--out", "masks")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "masks" / "sheet_segmentation.png").exists()

@@ -1,0 +1,213 @@
+"""unet.py: the network's shape, the loss by hand, Monte Carlo dropout against the plain loop over passes."""
+
+import h5py
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from unet import build_unet, dice_coefficient, dice_loss, keras, load_unet, mc_dropout, save_unet
+from utils import UserError
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["grey", "RGB"])
+def network(request):
+    keras.utils.set_random_seed(7)
+    return build_unet(48, 64, request.param, filters=4)
+
+
+@pytest.fixture(scope="module")
+def images(network):
+    return np.random.default_rng(0).normal(size=(5, *network.input_shape[1:])).astype(np.float32)
+
+
+def test_it_is_the_papers_network():
+    model = build_unet(192, 240)
+    assert model.count_params() == 7_846_081
+    assert model.output_shape == (None, 192, 240, 1)
+    filters = [layer.filters for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+    down = [32, 32, 64, 64, 128, 128, 256, 256, 512, 512]
+    assert filters == [*down, 256, 256, 128, 128, 64, 64, 32, 32, 1]
+    (dropout,) = [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
+    assert dropout.rate == 0.5
+    assert dropout.input.shape == (None, 12, 15, 512)
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 128), (96, 120), (8, 16), (0, 16)])
+def test_a_size_that_cannot_be_halved_four_times_is_refused(height, width):
+    with pytest.raises(ValueError, match="multiples of 16"):
+        build_unet(height, width)
+
+
+def test_dropout_is_on_in_training_and_off_in_prediction(network, images):
+    plain = [network(images, training=False).numpy() for _ in range(2)]
+    training = [network(images, training=True).numpy() for _ in range(2)]
+    np.testing.assert_array_equal(*plain)
+    np.testing.assert_allclose(network.predict(images, verbose=0), plain[0], atol=1e-6)
+    assert np.abs(training[0] - training[1]).max() > 1e-3
+
+
+def test_dice_is_pooled_over_the_batch():
+    truth = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], np.float32)
+    prediction = np.array([[0.5, 0, 0.5, 0], [1, 1, 0.5, 0.5]], np.float32)
+    # overlap 0.5 + 3 = 3.5; sums 6 and 4: (2 * 3.5 + 1) / (10 + 1)
+    assert float(dice_coefficient(truth, prediction)) == pytest.approx(8 / 11)
+    assert float(dice_loss(truth, prediction)) == pytest.approx(-8 / 11)
+    assert float(dice_coefficient(truth * 0, prediction * 0)) == 1
+
+
+def test_dice_of_half_precision_maps_does_not_overflow():
+    ones = tf.ones((4, 300, 300, 1), tf.float16)  # 360,000 pixels: more than float16 can count
+    assert float(dice_coefficient(ones, ones)) == pytest.approx(1)
+
+
+def test_mixed_precision_predicts_in_float32():
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    try:
+        model = build_unet(16, 16, filters=2)
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    assert model(np.zeros((1, 16, 16, 1))).dtype == tf.float32
+
+
+def single_passes(model, images, passes, seed):
+    """Each pass by itself, from the public sampler: pass t is what t passes add to t - 1."""
+    sums = [np.zeros(images.shape[:3])]
+    for count in range(1, passes + 1):
+        sums.append(mc_dropout(model, images, count, seed)[0].astype(np.float64) * count)
+    return np.diff(sums, axis=0)
+
+
+def test_mean_and_variance_are_those_of_the_passes(network, images):
+    mean, variance = mc_dropout(network, images, 6, seed=3)
+    passes = single_passes(network, images, 6, seed=3)
+    assert mean.dtype == variance.dtype == np.float32
+    assert mean.shape == variance.shape == (5, 48, 64)
+    np.testing.assert_allclose(variance, passes.var(0), atol=1e-5)
+    assert variance.max() > 1e-3
+
+
+def test_a_pass_is_the_whole_network_with_one_dropout_mask(network, images):
+    """Against the network itself, called layer by layer with a mask that is known."""
+    seed = 3
+    mean, _ = mc_dropout(network, images[:1], 1, seed)
+    salted = unet_image_seed(images[0], seed)
+    shape = network.get_layer("dropout").output.shape[1:]
+    keep = tf.random.stateless_uniform(shape, tf.constant([salted, 0], tf.int64), alg="philox") >= 0.5
+
+    class Fixed(keras.layers.Layer):
+        def call(self, x):
+            return x * tf.cast(keep, x.dtype) * 2
+
+    def swap(layer):
+        return Fixed() if isinstance(layer, keras.layers.Dropout) else layer.__class__.from_config(layer.get_config())
+
+    twin = keras.models.clone_model(network, clone_function=swap)
+    twin.set_weights(network.get_weights())
+    np.testing.assert_allclose(mean[0], twin(images[:1])[0, ..., 0], atol=1e-5)
+
+
+def unet_image_seed(image, seed):
+    from unet import _image_seeds
+
+    return int(_image_seeds(image[None], seed)[0])
+
+
+def test_about_half_of_the_bottleneck_is_dropped(images):
+    """A network whose output is the bottleneck's share that is kept, seen through the sampler."""
+    model = build_unet(16, 16, filters=8)
+    for variable in model.trainable_variables:
+        variable.assign(tf.zeros_like(variable))
+    model.get_layer("bottleneck_b").bias.assign(tf.ones(128))  # the bottleneck is 1 everywhere
+    # decoder_3_a passes on the mean of the kept, doubled units as its channel 0; the rest passes that on.
+    kernel = np.zeros((3, 3, 192, 64), np.float32)
+    kernel[1, 1, :128, 0] = 1 / 128
+    model.get_layer("decoder_3_a").kernel.assign(kernel)
+    for name in ["decoder_3_b", *(f"decoder_{level}_{letter}" for level in (2, 1, 0) for letter in "ab")]:
+        layer = model.get_layer(name)
+        kernel = np.zeros(layer.kernel.shape, np.float32)
+        kernel[1, 1, 0, 0] = 1
+        layer.kernel.assign(kernel)
+    model.get_layer("probability").kernel.assign(np.eye(8, 1, dtype=np.float32)[None, None])
+    mean, variance = mc_dropout(model, np.random.default_rng(0).normal(size=(40, 16, 16, 1)), 20, seed=0)
+    logits = np.log(mean / (1 - mean))
+    assert logits.mean() == pytest.approx(1, abs=0.02)  # inverted dropout: the expectation is kept
+    assert variance.max() > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
+def test_an_images_passes_do_not_depend_on_batch_or_order(network, images, batch_size):
+    mean, variance = mc_dropout(network, images, 4, seed=5)
+    order = [3, 0, 4]
+    other_mean, other_variance = mc_dropout(network, images[order], 4, seed=5, batch_size=batch_size)
+    np.testing.assert_allclose(other_mean, mean[order], atol=1e-5)
+    np.testing.assert_allclose(other_variance, variance[order], atol=1e-5)
+
+
+def test_a_key_names_an_image_whatever_its_pixels(network, images):
+    again = images * np.float32(1 + 1e-6)  # normalised elsewhere, say
+    first, second = (mc_dropout(network, x, 3, seed=5, keys=[7, 8, 9, 10, 11])[0] for x in (images, again))
+    np.testing.assert_allclose(first, second, atol=1e-3)
+    other, _ = mc_dropout(network, images, 3, seed=5, keys=[17, 18, 19, 20, 21])
+    assert np.abs(first - other).max() > 1e-3
+
+
+def test_seeds_and_images_have_dropout_masks_of_their_own(network, images):
+    first, again, other = (mc_dropout(network, images[:1], 1, seed)[0] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+
+
+def test_the_sampler_sees_new_weights(network, images):
+    before, _ = mc_dropout(network, images, 2, seed=1)
+    network.get_layer("probability").bias.assign_add([1.0])
+    after, _ = mc_dropout(network, images, 2, seed=1)
+    network.get_layer("probability").bias.assign_sub([1.0])
+    assert (after >= before).all()
+    assert after.mean() > before.mean() + 0.01
+
+
+def test_no_pass_is_refused_and_no_image_is_not(network, images):
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        mc_dropout(network, images, 0, seed=1)
+    assert mc_dropout(network, images[:0], 3, seed=1)[0].shape == (0, 48, 64)
+
+
+def test_saved_weights_bring_all_that_the_network_needs(network, images, tmp_path):
+    path = tmp_path / "x.weights.h5"
+    channels = images.shape[-1]
+    save_unet(network, path, [100.0] * channels, [50.0] * channels)
+    model, settings = load_unet(path)
+    np.testing.assert_array_equal(model.predict(images, verbose=0), network.predict(images, verbose=0))
+    expected = {"height": 48, "width": 64, "channels": channels, "filters": 4, "dropout": 0.5}
+    assert settings == {**expected, "mean": [100.0] * channels, "std": [50.0] * channels}
+    build_unet(48, 64, channels, filters=4).load_weights(path)  # standard Keras can read it too
+    assert [p.name for p in tmp_path.iterdir()] == ["x.weights.h5"]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def without_attribute(path):
+    with h5py.File(path, "a") as file:
+        del file.attrs["unet"]
+
+
+def of_another_network(path):
+    with h5py.File(path, "a") as file:
+        file.attrs["unet"] = file.attrs["unet"].replace('"filters": 2', '"filters": 3')
+
+
+def as_text(path):
+    path.write_text("no weights")
+
+
+@pytest.mark.parametrize(
+    "spoil", [truncate, without_attribute, of_another_network, as_text, lambda path: path.unlink()]
+)
+def test_weights_that_cannot_be_used_are_named(tmp_path, spoil):
+    path = tmp_path / "x.weights.h5"
+    save_unet(build_unet(16, 16, filters=2), path, [0.0], [1.0])
+    spoil(path)
+    with pytest.raises(UserError, match=r"x\.weights\.h5: "):
+        load_unet(path)

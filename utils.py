@@ -1,0 +1,248 @@
+"""What several scripts share: a user's mistakes, whole files, seeds, metrics and the drawing of figures."""
+
+import contextlib
+import csv
+import errno
+import os
+import shutil
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# What the disk or its owner refuses; any other OSError is a bug of ours, and shows as one.
+REFUSALS = {
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST")
+}
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: its text is the one sentence to print."""
+
+
+def run_command(main):
+    """Run `main()` as a script: a user's mistake becomes one sentence on stderr and exit code 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        message = f"{error.filename or 'an output file'} cannot be written: {os.strerror(error.errno)}"
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def silent_stderr():
+    """Send what is written to the process's stderr, by C libraries too, nowhere. Exceptions pass."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def progress_bar():
+    """A rich Progress for what takes longer than a few seconds: on a terminal only, and gone when it is done."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def track(items, description, total=None):
+    """Yield `items` under a progress bar."""
+    with progress_bar() as progress:
+        yield from progress.track(items, total=total, description=description)
+
+
+def map_in_order(function, items, workers=None):
+    """Yield `function(item)` in the items' order, computed by threads, with a bounded number under way."""
+    workers = workers or os.cpu_count()
+    pending = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _flush(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yield a path beside `path` to write to; it takes the name `path` only if the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A prefix, because Keras, Pillow and matplotlib look at the suffix.
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        yield partial
+        _flush(partial)
+        os.replace(partial, path)
+        _flush(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path):
+    """Yield a folder beside `path` to fill; it takes the name `path` only if the block ends well."""
+    path = Path(path)
+    partial = path.with_name(f".partial-{path.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.iterdir():
+            _flush(file)
+        _flush(partial)
+        os.replace(partial, path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_csv(path, header, rows):
+    """Write a csv file, whole or not at all."""
+    with whole_file(path) as partial, open(partial, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def derived_seed(*parts):
+    """A 31-bit seed from, say, (run seed, iteration, purpose): the same in every process and on every machine."""
+    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=4).digest(), "little") >> 1
+
+
+def segmentation_metrics(truth, prediction):
+    """The ISIC challenge's metrics of each image.
+
+    truth, prediction: bool or 0/1, (N, H, W). Returns a dict of name to float64 (N,). As in the challenge's own
+    scorer, a ratio whose denominator is 0 counts as 1, and threshold_jaccard is the Jaccard index, or 0 below 0.65.
+    """
+    truth, prediction = (np.asarray(a, bool).reshape(len(a), -1) for a in (truth, prediction))
+    true_positive = (truth & prediction).sum(1)
+    false_positive = (~truth & prediction).sum(1)
+    false_negative = (truth & ~prediction).sum(1)
+    true_negative = truth.shape[1] - true_positive - false_positive - false_negative
+
+    def ratio(part, whole):
+        return np.where(whole == 0, 1.0, part / np.maximum(whole, 1))
+
+    jaccard = ratio(true_positive, true_positive + false_positive + false_negative)
+    return {
+        "dice": ratio(2 * true_positive, 2 * true_positive + false_positive + false_negative),
+        "jaccard": jaccard,
+        "sensitivity": ratio(true_positive, true_positive + false_negative),
+        "specificity": ratio(true_negative, true_negative + false_positive),
+        "accuracy": (true_positive + true_negative) / truth.shape[1],
+        "threshold_jaccard": np.where(jaccard >= 0.65, jaccard, 0.0),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+# Colours that differ in grey and to the colour-blind, with a marker each.
+GROUPS = {
+    "no_detection": ("no detection", "#0072b2", "v"),
+    "most_uncertain": ("most uncertain", "#d55e00", "^"),
+    "random": ("random", "#f0c800", "s"),
+    "pseudo": ("pseudo-label", "#009e73", "o"),
+}
+
+
+def _save(figure, path):
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=150, bbox_inches="tight")
+
+
+def figure_scores(scores, dice, groups, path):
+    """The paper's Fig. 2: each pool image's score against its Dice, the choices in colour; the scores' histogram.
+
+    scores, dice: (N,); groups: dict of a name in GROUPS to positions in them.
+    """
+    figure = Figure(figsize=(7, 6))
+    scatter, histogram = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    scatter.scatter(scores, dice, s=8, color="0.75", label=f"pool ({len(scores)})")
+    for group, chosen in groups.items():
+        label, color, marker = GROUPS[group]
+        if len(chosen):
+            style = {"s": 28, "color": color, "marker": marker, "edgecolors": "black", "linewidths": 0.5}
+            scatter.scatter(scores[chosen], dice[chosen], label=f"{label} ({len(chosen)})", **style)
+    scatter.set(ylabel="Dice of the prediction", ylim=(-0.03, 1.03))
+    scatter.legend(loc="lower right", framealpha=0.9, fontsize=8)
+    histogram.hist(scores, 80, color="0.4")
+    histogram.set(xlabel="uncertainty score", ylabel="images", yscale="symlog")
+    figure.align_ylabels()
+    _save(figure, path)
+
+
+def figure_examples(examples, path):
+    """The paper's Fig. 1 for some images of each group, a row a group.
+
+    examples: a list of (group, list of (title, image uint8 (H, W, C), truth (H, W), prediction (H, W), uncertainty
+    map (H, W))). The maps share one scale, so that they compare.
+    """
+    examples = [(group, images) for group, images in examples if images]
+    columns = max(len(images) for _, images in examples)
+    highest = max(variance.max() for _, images in examples for *_, variance in images)
+    figure = Figure(figsize=(8 * columns, 2 * len(examples)), layout="constrained")
+    axes = figure.subplots(len(examples), 4 * columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    for ax in axes[0]:
+        ax.axis("on")
+    for row, (group, images) in zip(axes, examples):
+        row[0].set_ylabel(GROUPS[group][0], fontsize=11)
+        for ax in row[4 * len(images) :]:
+            ax.axis("off")
+        for n, (title, image, truth, prediction, variance) in enumerate(images):
+            first, *rest, last = row[4 * n : 4 * n + 4]
+            first.imshow(image, cmap="gray", vmin=0, vmax=255)
+            first.set_title(title, fontsize=8)
+            for ax, name, mask in zip(rest, ("truth", "prediction"), (truth, prediction)):
+                ax.imshow(mask, cmap="gray", vmin=0, vmax=1)
+                ax.set_title(name, fontsize=8)
+            colors = last.imshow(variance, cmap="magma", vmin=0, vmax=highest)
+            last.set_title("uncertainty", fontsize=8)
+    figure.colorbar(colors, ax=axes[:, -1], label="variance", shrink=0.7)
+    _save(figure, path)
+
+
+def figure_history(history, path):
+    """Dice on the test images against the annotations. history: the rows of history.csv, as dicts."""
+    figure = Figure(figsize=(6, 4))
+    ax = figure.subplots()
+    annotations = [int(row["annotations"]) for row in history]
+    ax.plot(annotations, [float(row["dice"]) for row in history], "o-", color="black", markersize=4)
+    for row, x in zip(history, annotations):
+        if int(row["pseudo_labels"]):
+            ax.plot(x, float(row["dice"]), "o", color=GROUPS["pseudo"][1], markeredgecolor="black")
+    ax.set(xlabel="annotations", ylabel="Dice on the test images, per image at 0.5")
+    ax.set_title("green: trained with pseudo-labels too", fontsize=9)
+    ax.grid(alpha=0.3)
+    _save(figure, path)
