@@ -2,7 +2,6 @@
 .DELETE_ON_ERROR:
 
 PYTHON = .venv/bin/python
-export MPLCONFIGDIR = $(CURDIR)/.venv/matplotlib
 
 demo: .venv/installed  ## the whole program on synthetic lesions
 	$(PYTHON) train.py --preset demo

@@ -49,8 +49,8 @@ class Config:
     """Every setting of a run. The defaults are the paper's; PAPER means its text or its published code."""
 
     preset: str = setting("paper", "which settings to start from", choices=("paper", "quick", "demo"))
-    data: str = setting("datasets/isic2017.h5", "the HDF5 file that data.py made")
-    run: str = setting("", "the folder to write; when empty, runs/PRESET-DATE-TIME")
+    data: str = setting("datasets/isic2017.h5", "the HDF5 file that data.py made; auto: draw one into the run's folder")
+    run: str = setting("auto", "the folder to write; auto: runs/PRESET-DATE-TIME")
     seed: int = setting(1, "the run's seed: weights, batches, augmentation, dropout, random choices", 0)
 
     split_seed: int = setting(SPLIT_SEED, "the split's own seed; keep it, so that results compare", 0)
@@ -88,11 +88,11 @@ PRESETS = {
         "passes": 10,
     },
     "demo": {
-        "data": "",
+        "data": "auto",
         "filters": 8,
-        "learning_rate": 5e-4,
+        "learning_rate": 3e-4,
         "batch_size": 4,
-        "initial_epochs": 20,
+        "initial_epochs": 30,
         "initial": 60,
         "pool": 160,
         "test": 60,
@@ -113,20 +113,21 @@ def read_config(arguments=None):
     """The command line as a checked Config: the preset's settings, then those given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
-        special = {name: values[field.name] for name, values in PRESETS.items() if field.name in values}
-        default = "; ".join([f"default {field.default}", *(f"{name} {value}" for name, value in special.items())])
+        special = [f"{name} {values[field.name]}" for name, values in PRESETS.items() if field.name in values]
+        defaults = "; ".join([f"default {field.default}", *special])
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=field.type,
             choices=field.metadata["choices"],
             default=argparse.SUPPRESS,
             metavar=None if field.metadata["choices"] else field.type.__name__.upper(),
-            help=f"{field.metadata['help']} ({default})",
+            help=f"{field.metadata['help']} ({defaults})",
         )
     given = vars(parser.parse_args(arguments))
     config = Config(**{**PRESETS[given.get("preset", "paper")], **given})
     check(config)
-    config.run = config.run or time.strftime(f"runs/{config.preset}-%Y%m%d-%H%M%S")
+    if config.run == "auto":
+        config.run = time.strftime(f"runs/{config.preset}-%Y%m%d-%H%M%S")
     return config
 
 
@@ -323,18 +324,19 @@ def draw_examples(trainer, candidates, scores, dice, groups, iteration, path, ea
 
 
 def open_dataset(config):
-    """The run's Dataset. The demo without a data file draws its own into the run's folder."""
+    """The run's Dataset, drawn into the run's folder if `config.data` is auto."""
     path = Path(config.data)
-    if config.preset == "demo" and not config.data:
+    if config.data == "auto":
         path = Path(config.run, "synthetic.h5")
         config.data = str(path)
         size, count = DEMO_SIZE.values(), config.initial + config.pool + config.test
         rows = (draw_row(index, config.split_seed, *size) for index in range(count))
         write_dataset(path, rows, count, *size, "synthetic lesions")
     elif not path.exists():
+        size = " --height 96 --width 128" if config.preset == "quick" else ""
         raise UserError(
             f"{path} is not there: download the training data and the Part 1 ground truth of ISIC 2017 from "
-            f"challenge.isic-archive.com/data/#2017, unpack them, and run `python data.py isic FOLDER {path}`. "
+            f"challenge.isic-archive.com/data/#2017, unpack them, and run `python data.py isic FOLDER {path}{size}`. "
             "To see the program run without a download: python train.py --preset demo"
         )
     return Dataset(path)

@@ -32,17 +32,8 @@ def build_unet(height, width, channels=1, filters=32, dropout=0.5):
         raise ValueError(f"height and width must be multiples of {2**LEVELS}, not {height} and {width}")
 
     def convolutions(x, level, name):
-        # He initialisation: with Keras' default, signals die out over 18 ReLU layers, and the Dice loss trains little
-        # but the last bias at first, often until the prediction is empty for good.
         for letter in "ab":
-            x = layers.Conv2D(
-                filters * 2**level,
-                3,
-                padding="same",
-                activation="relu",
-                kernel_initializer="he_normal",
-                name=f"{name}_{letter}",
-            )(x)
+            x = layers.Conv2D(filters * 2**level, 3, padding="same", activation="relu", name=f"{name}_{letter}")(x)
         return x
 
     x = inputs = keras.Input((height, width, channels), name="image")

@@ -209,13 +209,11 @@ def figure_examples(examples, path):
     """
     examples = [(group, images) for group, images in examples if images]
     columns = max(len(images) for _, images in examples)
-    highest = max(variance.max() for _, images in examples for *_, variance in images)
+    highest = max(variance.max() for _, images in examples for *_, variance in images) or 0.25
     figure = Figure(figsize=(8 * columns, 2 * len(examples)), layout="constrained")
     axes = figure.subplots(len(examples), 4 * columns, squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
-    for ax in axes[0]:
-        ax.axis("on")
     for row, (group, images) in zip(axes, examples):
         row[0].set_ylabel(GROUPS[group][0], fontsize=11)
         for ax in row[4 * len(images) :]:

@@ -354,7 +354,7 @@ def test_the_demo_as_a_user_runs_it_smaller(run_script, tmp_path):
     options = "--initial 16 --pool 20 --test 8 --initial-epochs 1 --active-epochs 1 --iterations 1 --passes 2"
     done = run_script("train.py", "--preset", "demo", "--run", "runs/demo", *options.split())
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert [line for line in done.stderr.splitlines() if "font cache" not in line] == []
     lines = done.stdout.splitlines()
     assert "found" in lines[0]
     assert any(line.startswith("iteration 1: 30 annotations,   0 pseudo-labels, Dice ") for line in lines)
