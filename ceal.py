@@ -8,7 +8,7 @@ from scipy.ndimage import distance_transform_edt
 
 BINS = 80  # of the histogram of scores [C]
 UNCERTAIN_BINS = 5  # the last ones hold the most uncertain images [C]
-RANDOM_FROM, RANDOM_TO = 6, 47  # random images lie from bin (mode + 6) to bin 47, both included [C]
+RANDOM_FROM, RANDOM_TO = 6, 47  # random images lie between the lower edges of bin (mode + 6) and bin 47 [C]
 
 
 # ------------------------------------------------------------------------------------------------- the image's score
@@ -52,10 +52,11 @@ def select_queries(scores, rng, no_detection=10, most_uncertain=10, random=15):
     - no_detection: the lowest scores;
     - most_uncertain: from the last 5 of 80 bins, the emptiest first (of equally empty ones the more uncertain) until
       there are enough, then at random among those gathered;
-    - random: at random among the images from bin (mode + 6) to bin 47.
+    - random: at random among the images between the lower edges of bin (mode + 6) and bin 47; where the first is the
+      higher one, there are none.
     The groups are filled in this order and never overlap. One that its rule leaves short is topped up with the
-    images not yet chosen whose scores are closest to the range of scores that the rule looks at. Ties are broken at
-    random. When the pool holds fewer images than are asked for, all of them are chosen.
+    images not yet chosen whose scores are closest to the range between the edges that the rule looks at. Ties are
+    broken at random. When the pool holds fewer images than are asked for, all of them are chosen.
     scores: float (N,), finite; rng: numpy.random.Generator.
     """
     scores, bins, counts, edges = _histogram(scores)
@@ -69,9 +70,9 @@ def select_queries(scores, rng, no_detection=10, most_uncertain=10, random=15):
     groups["most_uncertain"] = _draw(free, most_uncertain, uncertain_range, scores, groups["no_detection"], rng)
 
     chosen = np.concatenate(list(groups.values()))
-    first, last = np.argmax(counts) + RANDOM_FROM, RANDOM_TO
-    free = np.setdiff1d(np.flatnonzero((bins >= first) & (bins <= last)), chosen)
-    random_range = sorted((edges[min(first, BINS)], edges[last + 1]))
+    first = min(np.argmax(counts) + RANDOM_FROM, BINS)
+    free = np.setdiff1d(np.flatnonzero((bins >= first) & (bins < RANDOM_TO)), chosen)
+    random_range = sorted((edges[first], edges[RANDOM_TO]))
     groups["random"] = _draw(free, random, random_range, scores, chosen, rng)
     return groups
 
@@ -124,8 +125,8 @@ def _draw(free, count, score_range, scores, taken, rng):
 class Pool:
     """Who is labelled, who is not, and who is for test, by position in the whole data set.
 
-    What may be scored is `unlabelled`, what may be asked for goes through `annotate`, and what is trained on comes
-    from `training_set`; each refuses the positions in `test` and any other that is not its own (ValueError).
+    What is scored is `unlabelled`, which cannot be written to from outside; what is asked for goes through `annotate`,
+    and what is trained on comes from `training_set`: both refuse what is not in the pool (ValueError).
     """
 
     def __init__(self, labelled, masks, unlabelled, test):
@@ -133,9 +134,18 @@ class Pool:
         everyone = np.concatenate([labelled, unlabelled, test])
         if len(np.unique(everyone)) < len(everyone):
             raise ValueError("an image is in two of labelled, unlabelled and test")
-        self.unlabelled = np.sort(unlabelled)
+        self._set_unlabelled(np.sort(unlabelled))
         self.test = np.sort(test)
         self._masks = dict(zip(map(int, labelled), masks, strict=True))
+
+    def _set_unlabelled(self, positions):
+        positions.setflags(write=False)
+        self._unlabelled = positions
+
+    @property
+    def unlabelled(self):
+        """The positions that are neither labelled nor for test, sorted; read-only."""
+        return self._unlabelled
 
     @property
     def annotations(self):
@@ -146,7 +156,7 @@ class Pool:
         """Take the oracle's masks for these positions; they leave the pool."""
         self._require_unlabelled(positions)
         self._masks.update(zip(map(int, positions), masks, strict=True))
-        self.unlabelled = np.setdiff1d(self.unlabelled, positions)
+        self._set_unlabelled(np.setdiff1d(self.unlabelled, positions))
 
     def training_set(self, pseudo_positions=(), pseudo_labels=()):
         """Positions (n,) and targets float32 (n, H, W) in [0, 1]: every annotation, then these pseudo-labels.

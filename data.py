@@ -1,19 +1,22 @@
 """ISIC 2017 folders, or synthetic lesions, to one HDF5 file; reading that file; the paper's split.
 
 python data.py isic isic2017 datasets/isic2017.h5               # 192x240, one grey channel, as in the paper
-python data.py synthetic datasets/synthetic.h5 --images 200     # lesions drawn by the program, no download
+python data.py synthetic datasets/synthetic.h5 --images 280     # lesions drawn by the program, no download
 python data.py info datasets/isic2017.h5
 python data.py show datasets/isic2017.h5 sheet.png
 """
 
 import argparse
+import contextlib
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import h5py
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import ExifTags, Image, ImageOps
 from scipy import fft, ndimage
 
@@ -42,7 +45,7 @@ class Pair(NamedTuple):
 
 
 def find_pairs(source):
-    """The image and the mask of every id in the ISIC 2017 folders below `source`: a list of Pair, sorted by id.
+    """The image and the mask of every id in the ISIC 2017 folders below `source`: a list of Pair, by part and id.
 
     Folders may lie one level deeper, as the zips unpack. Raises UserError for what is missing or there twice.
     """
@@ -63,9 +66,9 @@ def find_pairs(source):
                     "Part1_GroundTruth, both whole, or remove the file"
                 )
         pairs += [Pair(id, part, images[id], masks[id]) for id in sorted(images)]
-    twice = sorted(id for ids in [[pair.id for pair in pairs]] for id in set(ids) if ids.count(id) > 1)
-    if twice:
-        raise UserError(f"{twice[0]} is in two parts of the challenge's data: remove it from one")
+    (id, count), *_ = Counter(pair.id for pair in pairs).most_common(1)
+    if count > 1:
+        raise UserError(f"{id} is in two parts of the challenge's data: remove it from one")
     return pairs
 
 
@@ -276,7 +279,7 @@ def write_dataset(out, rows, count, height, width, channels, source, force=False
     if free < needed:
         raise UserError(f"{out.parent} has {free / 1e6:.0f} MB free and {out.name} needs {needed / 1e6:.0f} MB")
     with whole_file(out) as partial:
-        with h5py.File(partial, "w") as file:
+        with full_disk_is_an_error(out), h5py.File(partial, "w") as file:
             images = (count, height, width, channels)
             file.create_dataset("images", images, "uint8", chunks=(1, *images[1:]))
             file.create_dataset("masks", images[:3], "uint8", chunks=(1, *images[1:3]))
@@ -291,6 +294,15 @@ def write_dataset(out, rows, count, height, width, channels, source, force=False
         with Dataset(partial) as written:
             if len(set(written.ids)) < count or not written.masks([count - 1]).any():
                 raise UserError(f"{out}: what was written does not read back; check the disk and try again")
+
+
+@contextlib.contextmanager
+def full_disk_is_an_error(out):
+    """Turn what h5py raises while it writes `out`, also a RuntimeError when it closes on a full disk, to UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{out} cannot be written: {' '.join(str(error).split())}; is the disk full?")
 
 
 def check_output(path, force):
@@ -450,18 +462,14 @@ def print_info(args):
 
 def draw_sheet(args):
     """`data.py show`: a contact sheet of images spread evenly over the file, the mask's outline on each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     check_output(args.out, args.force)
     if args.images < 1 or Path(args.out).suffix.lower() != ".png":
         raise UserError(f"--images {args.images}, {args.out}: draw at least 1 image, to a file that ends in .png")
     with Dataset(args.file) as dataset:
         positions = np.unique(np.linspace(0, len(dataset) - 1, args.images).astype(int))
         rows = -(-len(positions) // 6)
-        _, axes = plt.subplots(rows, 6, figsize=(12, 12 * rows / 6), squeeze=False)
+        figure = Figure(figsize=(12, 12 * rows / 6))
+        axes = figure.subplots(rows, 6, squeeze=False)
         for ax, position in zip(axes.flat, positions):
             ax.imshow(dataset.images([position])[0], cmap="gray")
             ax.contour(dataset.masks([position])[0], [0.5], colors="cyan", linewidths=1)
@@ -469,7 +477,7 @@ def draw_sheet(args):
         for ax in axes.flat:
             ax.axis("off")
     with whole_file(args.out) as partial:
-        plt.savefig(partial, dpi=120, bbox_inches="tight")
+        figure.savefig(partial, dpi=120, bbox_inches="tight")
     print(f"{args.out}: {len(positions)} of the file's images")
 
 
@@ -487,7 +495,7 @@ def main():
 
     isic = command("isic", make_isic, "read the ISIC 2017 challenge's folders", "source", "out")
     synthetic = command("synthetic", make_synthetic, "draw dermoscopy-like lesions", "out")
-    synthetic.add_argument("--images", type=int, default=200, help="how many (default %(default)s)")
+    synthetic.add_argument("--images", type=int, default=280, help="how many (default %(default)s)")
     synthetic.add_argument("--seed", type=int, default=1, help="which (default %(default)s)")
     for sub in (isic, synthetic):
         sub.add_argument("--height", type=int, default=192, help="rows, a multiple of 16 (default %(default)s)")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from skimage.segmentation import mark_boundaries
+from skimage.segmentation import find_boundaries
 
 from ceal import uncertainty_score
 from data import normalise, read_image
-from unet import load_unet, mc_dropout
+from unet import load_unet, mc_dropout, print_devices
 from utils import UserError, map_in_order, progress_bar, run_command, whole_file, write_csv
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
@@ -78,9 +78,9 @@ def save_results(out, path, size, prediction, variance, overlay):
         save_png(grey, out / "uncertainty" / f"{path.stem}_uncertainty.png")
     if overlay:
         with Image.open(path) as picture:
-            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-        outlined = mark_boundaries(pixels, mask, color=(0, 1, 1), mode="thick")
-        save_png((outlined * 255).astype(np.uint8), out / "overlay" / f"{path.stem}_overlay.png")
+            pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+        pixels[find_boundaries(mask, mode="thick")] = 0, 255, 255
+        save_png(pixels, out / "overlay" / f"{path.stem}_overlay.png")
 
 
 def predict_batch(model, settings, images, passes):
@@ -122,13 +122,18 @@ def main():
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image files and folders of images")
     parser.add_argument("--weights", required=True, metavar="FILE", help="a model.weights.h5 that train.py wrote")
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="the folder for the masks")
-    parser.add_argument("--uncertainty", action="store_true", help="uncertainty maps (white is 0.25) and scores.csv")
+    parser.add_argument(
+        "--uncertainty",
+        action="store_true",
+        help="maps (white: variance 0.25) and scores.csv (--distance inside)",
+    )
     parser.add_argument("--overlay", action="store_true", help="the mask's outline drawn on the image")
     parser.add_argument("--passes", type=int, default=20, help="Monte Carlo passes of --uncertainty (default 20)")
     args = parser.parse_args()
     if args.passes < 1:
         raise UserError(f"--passes {args.passes}: must be at least 1")
     images = find_images(args.inputs)
+    print_devices()
     model, settings = load_unet(args.weights)
     passes = args.passes if args.uncertainty else 0
     scores, bad = predict_all(images, model, settings, args.out, passes, args.overlay)

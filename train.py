@@ -9,6 +9,7 @@ A run writes runs/NAME/ and nothing else: config.json, environment.json, history
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import platform
 import subprocess
@@ -20,7 +21,7 @@ import numpy as np
 
 import ceal
 from data import SPLIT_SEED, Dataset, draw_row, normalisation, normalise, split, write_dataset
-from unet import build_unet, dice_loss, keras, mc_dropout, save_unet, tf
+from unet import build_unet, dice_loss, keras, mc_dropout, print_devices, save_unet, tf
 from utils import (
     UserError,
     derived_seed,
@@ -190,10 +191,7 @@ class Trainer:
         self.config, self.dataset, self.mean, self.std = config, dataset, mean, std
         keras.utils.set_random_seed(derived_seed(config.seed, "weights"))
         self.model = build_unet(dataset.height, dataset.width, dataset.channels, config.filters, config.dropout)
-        optimizer = keras.optimizers.Adam(config.learning_rate)
-        # On a CPU, XLA is slower than the plain graph for this network.
-        jit_compile = "auto" if tf.config.list_physical_devices("GPU") else False
-        self.model.compile(optimizer, dice_loss, jit_compile=jit_compile)
+        self.model.compile(keras.optimizers.Adam(config.learning_rate), dice_loss)
 
     def images(self, positions):
         """The network's input for these positions: float32 (n, H, W, C)."""
@@ -217,13 +215,14 @@ class Trainer:
         seed = derived_seed(self.config.seed, iteration, "passes")
         return mc_dropout(self.model, self.images(positions), self.config.passes, seed, keys=positions)
 
-    def score(self, positions, iteration):
-        """Each image's score and its prediction's Dice, float64 (n,) both; the prediction is the passes' mean."""
+    def score(self, pool, iteration):
+        """Score and Dice of each unlabelled image of the ceal.Pool: float64 (n,) both, in the order of
+        `pool.unlabelled`. The prediction that both rest on is the mean of the passes."""
         scores, dice = [], []
-        for position in track(in_chunks(positions, 16), f"iteration {iteration}: scoring the pool"):
-            mean, variance = self.uncertainty(position, iteration)
+        for positions in track(in_chunks(pool.unlabelled, 16), f"iteration {iteration}: scoring the pool"):
+            mean, variance = self.uncertainty(positions, iteration)
             scores += [ceal.uncertainty_score(v, m, self.config.distance) for v, m in zip(variance, mean)]
-            dice += [*segmentation_metrics(self.dataset.masks(position), mean > 0.5)["dice"]]
+            dice += [*segmentation_metrics(self.dataset.masks(positions), mean > 0.5)["dice"]]
         return np.array(scores), np.array(dice)
 
     def evaluate(self, positions):
@@ -251,7 +250,9 @@ HISTORY = ["iteration", "annotations", "pseudo_labels", *METRICS, "seconds_scori
 
 
 def run_loop(config, dataset, parts, run):
-    """The initial training, then score -> query -> pseudo-label -> train -> evaluate, each iteration in its folder."""
+    """The initial training, then score -> query -> pseudo-label -> train -> evaluate, each iteration in its folder.
+
+    Returns the rows of history.csv, a list of dict."""
     mean, std = normalisation(dataset, np.concatenate([parts.initial, parts.pool]))
     trainer = Trainer(config, dataset, mean, std)
     oracle = ceal.SimulatedOracle(dataset.masks)
@@ -276,6 +277,7 @@ def run_loop(config, dataset, parts, run):
         write_csv(run / "history.csv", HISTORY, [row.values() for row in history])
         figure_history(history, run / "dice.png")
         print_iteration(history[-1])
+    return history
 
 
 def query(trainer, pool, oracle, iteration, folder):
@@ -286,7 +288,7 @@ def query(trainer, pool, oracle, iteration, folder):
     """
     config, dataset, started = trainer.config, trainer.dataset, time.monotonic()
     candidates = pool.unlabelled
-    scores, dice = trainer.score(candidates, iteration)
+    scores, dice = trainer.score(pool, iteration)
     seconds = time.monotonic() - started
 
     rng = np.random.default_rng(derived_seed(config.seed, iteration, "queries"))
@@ -344,8 +346,6 @@ def open_dataset(config):
 
 def print_plan(config, dataset, parts):
     """What the run will do, before it does it."""
-    gpus = tf.config.list_physical_devices("GPU")
-    print(f"TensorFlow {tf.__version__} found {len(gpus)} GPU(s){'' if gpus else ', runs on the CPU'}")
     size = f"{dataset.height}x{dataset.width}, {dataset.channels} channel(s)"
     print(f"data      {dataset.path}: {dataset.source}, {size}")
     print(f"split     {len(parts.initial)} labelled, {len(parts.pool)} in the pool, {len(parts.test)} for test")
@@ -369,6 +369,9 @@ def print_iteration(row):
     )
 
 
+PACKAGES = ["tensorflow", "keras", "numpy", "scipy", "scikit-image", "pillow", "h5py", "matplotlib"]
+
+
 def environment():
     """What the run ran on: versions, git commit, devices, command line."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -380,7 +383,7 @@ def environment():
         "command": sys.argv,
         "git_commit": commit,
         "python": platform.python_version(),
-        **{package.__name__: package.__version__ for package in (tf, keras, np)},
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "devices": [device.name for device in tf.config.list_physical_devices()],
     }
@@ -392,14 +395,15 @@ def main():
     run = Path(config.run)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run} exists already: give another --run, or move it away")
+    print_devices()
     with open_dataset(config) as dataset:
         parts = split(dataset, config.initial, config.pool, config.test, config.split_seed)
         print_plan(config, dataset, parts)
         for name, content in ("config", dataclasses.asdict(config)), ("environment", environment()):
             with whole_file(run / f"{name}.json") as partial:
                 partial.write_text(json.dumps(content, indent=2) + "\n")
-        run_loop(config, dataset, parts, run)
-    last = sorted(run.glob("iteration_*"))[-1]
+        history = run_loop(config, dataset, parts, run)
+    last = run / f"iteration_{history[-1]['iteration']:02d}"
     print(f"done: {run}/history.csv and {run}/dice.png hold the result, {last}/ the choices and their figures")
     print(f"masks for your own images: python predict.py IMAGES --weights {last}/model.weights.h5 --out masks")
 

@@ -1,5 +1,6 @@
 """The paper's U-Net with dropout in Keras, its Dice loss, and Monte Carlo dropout."""
 
+import contextlib
 import functools
 import json
 import os
@@ -9,13 +10,34 @@ from hashlib import blake2b
 import h5py
 import numpy as np
 
-from utils import UserError, silent_stderr, whole_file
+from utils import UserError, whole_file
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-with silent_stderr():  # TensorFlow's notices on the way up obey no log level
+
+@contextlib.contextmanager
+def silent_stderr():
+    """Send what is written to the process's stderr, by C libraries too, nowhere. Exceptions pass."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # set it to 0 to see, say, why no GPU is found
+with silent_stderr():  # TensorFlow's first notices obey no log level
     import keras
     import tensorflow as tf
     from keras import layers
+
+
+def print_devices():
+    """Print TensorFlow's version and the devices that it found."""
+    names = [device.name.removeprefix("/physical_device:") for device in tf.config.list_physical_devices()]
+    print(f"TensorFlow {tf.__version__} found {', '.join(names)}", flush=True)
+
 
 LEVELS = 4  # times that the network halves its input
 
@@ -157,7 +179,7 @@ def load_unet(path):
             settings = json.loads(file.attrs["unet"])
         model = build_unet(**{k: settings[k] for k in ("height", "width", "channels", "filters", "dropout")})
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Keras only warns of layers that it does not find in the file
+            warnings.simplefilter("error", UserWarning)  # Keras only warns of layers that it does not find in the file
             model.load_weights(path)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such weights file; train.py writes iteration_KK/model.weights.h5")

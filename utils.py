@@ -35,25 +35,12 @@ def run_command(main):
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        message = f"{error.filename or 'an output file'} cannot be written: {os.strerror(error.errno)}"
+        message = f"{error.filename or 'a file'} cannot be read or written: {os.strerror(error.errno)}"
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-@contextlib.contextmanager
-def silent_stderr():
-    """Send what is written to the process's stderr, by C libraries too, nowhere. Exceptions pass."""
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def progress_bar():
@@ -185,7 +172,7 @@ def figure_scores(scores, dice, groups, path):
 
     scores, dice: (N,); groups: dict of a name in GROUPS to positions in them.
     """
-    figure = Figure(figsize=(7, 6))
+    figure = Figure(figsize=(7, 6), layout="constrained")
     scatter, histogram = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     scatter.scatter(scores, dice, s=8, color="0.75", label=f"pool ({len(scores)})")
     for group, chosen in groups.items():
@@ -194,8 +181,9 @@ def figure_scores(scores, dice, groups, path):
             style = {"s": 28, "color": color, "marker": marker, "edgecolors": "black", "linewidths": 0.5}
             scatter.scatter(scores[chosen], dice[chosen], label=f"{label} ({len(chosen)})", **style)
     scatter.set(ylabel="Dice of the prediction", ylim=(-0.03, 1.03))
-    scatter.legend(loc="lower right", framealpha=0.9, fontsize=8)
-    histogram.hist(scores, 80, color="0.4")
+    figure.legend(loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    # Scores that are equal but for rounding do not fill 80 bins.
+    histogram.hist(scores, 80 if np.ptp(scores) > 1e-12 * max(1, np.max(scores)) else 1, color="0.4")
     histogram.set(xlabel="uncertainty score", ylabel="images", yscale="symlog")
     figure.align_ylabels()
     _save(figure, path)

@@ -438,3 +438,59 @@ def test_the_real_training_set_is_found_and_read():
     assert all(0.002 < row.mask.mean() < 0.95 for row in read)
     darker = [row.image[row.mask == 1].mean() < row.image[row.mask == 0].mean() for row in read]
     assert sum(darker) >= 8  # than the skin; not where the picture has black corners
+
+
+# --------------------------------------------------------------------------------------- mistakes at the command line
+
+
+@pytest.fixture
+def small_file(run, tmp_path):
+    assert run("synthetic", tmp_path / "small.h5", "--images", 2, *SIZE)[0] == 0
+    return tmp_path / "small.h5"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("show FILE sheet", "sheet"),
+        ("show FILE sheet.xyz", "sheet.xyz"),
+        ("show FILE sheet.png --images 0", "--images 0"),
+        ("show FILE FOLDER --force", "folder"),
+        ("synthetic new.h5 --images 1 --seed -1", "--seed -1"),
+        ("synthetic FOLDER --images 1 --force", "folder"),
+        ("synthetic FILE/new.h5 --images 1", "small.h5"),
+        ("info FOLDER", "folder"),
+    ],
+)
+def test_a_mistake_at_the_command_line_is_one_sentence(run, small_file, tmp_path, monkeypatch, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    words = arguments.replace("FILE", small_file.name).replace("FOLDER", "folder").split()
+    code, _, err = run(*words)
+    assert (code, err.count("\n"), err[:7]) == (2, 1, "error: ")
+    assert named in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_damaged_inside_is_refused_when_it_is_read(small_file):
+    with h5py.File(small_file) as file:
+        first_chunk = file["images"].id.get_chunk_info(0).byte_offset
+    content = bytearray(small_file.read_bytes())
+    tree = content.rfind(b"TREE", 0, first_chunk)  # the index of some dataset's chunks
+    content[tree : tree + 4] = b"XXXX"
+    small_file.write_bytes(content)
+
+    def read_all():
+        with data.Dataset(small_file) as dataset:
+            return dataset.images([0, 1]), dataset.masks([0, 1])
+
+    with pytest.raises(UserError, match=r"small\.h5: not a data file of data\.py, or a damaged one"):
+        read_all()
+
+
+def test_an_almost_square_image_that_is_turned_keeps_its_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(tmp_path / "turned.jpg", np.zeros((999, 1000, 3)), exif=exif)
+    assert data.read_image(path, 32, 48, 1)[1] == (1000, 999)

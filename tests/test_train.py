@@ -13,7 +13,7 @@ from data import Dataset, Row, split, write_dataset
 from unet import load_unet, mc_dropout
 from utils import UserError, derived_seed, segmentation_metrics
 
-TINY = "--filters 4 --initial 16 --pool 30 --test 10 --initial-epochs 4 --active-epochs 1 --batch-size 8 --passes 3"
+TINY = "--filters 8 --initial 16 --pool 30 --test 10 --initial-epochs 15 --active-epochs 2 --batch-size 4 --passes 3"
 QUERIES = "--no-detection 2 --most-uncertain 2 --random 3 --pseudo-start 2 --pseudo-first 4 --pseudo-step 2"
 
 
@@ -46,7 +46,7 @@ def a_run(dataset, tmp_path_factory):
         trained.append((positions, targets, iteration))
         fit(self, positions, targets, iteration)
 
-    arguments = ["train.py", "--data", dataset.path, "--run", run, "--iterations", 3, "--learning-rate", 0.003]
+    arguments = ["train.py", "--data", dataset.path, "--run", run, "--iterations", 3, "--learning-rate", 0.001]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Trainer, "fit", spy)
         patch.setattr("sys.argv", [str(a) for a in arguments] + TINY.split() + QUERIES.split())
@@ -66,7 +66,7 @@ def test_history_has_a_row_per_iteration(a_run):
     assert [row["iteration"] for row in history] == ["0", "1", "2", "3"]
     assert [row["annotations"] for row in history] == ["16", "23", "30", "37"]
     assert [row["pseudo_labels"] for row in history] == ["0", "0", "4", "6"]
-    assert float(history[-1]["dice"]) > 0.8
+    assert float(history[-1]["dice"]) > 0.7
 
 
 def test_the_last_row_is_what_the_last_weights_reach_on_the_test_images(a_run, dataset):
@@ -108,7 +108,7 @@ def test_a_run_holds_what_another_program_needs(a_run, dataset):
     config = json.loads((run / "config.json").read_text())
     assert (config["preset"], config["passes"], config["dropout"]) == ("paper", 3, 0.5)
     environment = json.loads((run / "environment.json").read_text())
-    assert {"tensorflow", "keras", "numpy", "git_commit", "devices", "command"} <= environment.keys()
+    assert {"tensorflow", "keras", "numpy", "scipy", "git_commit", "devices", "command"} <= environment.keys()
 
 
 def test_scores_are_of_the_pool_and_shrink_by_the_queries(a_run, dataset):
@@ -137,6 +137,8 @@ def test_a_score_is_the_papers_formula_on_the_last_weights(a_run, dataset):
     inputs = (dataset.images(positions) - settings["mean"][0]) / settings["std"][0]
     mean, variance = mc_dropout(model, inputs, 3, derived_seed(1, 2, "passes"), keys=positions)
     for n, row in enumerate(rows):
+        if np.abs(mean[n] - 0.5).min() < 1e-5:
+            continue  # rounding may move the contour
         distance = scipy.ndimage.distance_transform_edt(mean[n] > 0.5)
         expected = (variance[n] * distance / max(distance.max(), 1)).sum()
         assert float(row["uncertainty"]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
@@ -356,7 +358,7 @@ def test_the_demo_as_a_user_runs_it_smaller(run_script, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if "font cache" not in line] == []
     lines = done.stdout.splitlines()
-    assert "found" in lines[0]
+    assert "found CPU:0" in lines[0]
     assert any(line.startswith("iteration 1: 30 annotations,   0 pseudo-labels, Dice ") for line in lines)
     assert "python predict.py" in lines[-1]
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]

@@ -118,7 +118,11 @@ def test_seeds_depend_on_every_part_and_on_nothing_else():
     ("error", "code", "said"),
     [
         (UserError("a.jpg: is bad; get another"), 2, "error: a.jpg: is bad; get another\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "out.h5"), 2, "out.h5 cannot be written: No space left"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out.h5"),
+            2,
+            "out.h5 cannot be read or written: No space left",
+        ),
         (KeyboardInterrupt(), 130, "stopped"),
     ],
 )
