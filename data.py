@@ -7,7 +7,7 @@ python data.py show datasets/isic2017.h5 sheet.png
 """
 
 import argparse
-import contextlib
+import os
 import re
 import shutil
 from collections import Counter
@@ -274,12 +274,13 @@ def write_dataset(out, rows, count, height, width, channels, source, force=False
     if height % 16 or width % 16 or min(height, width) < 16:
         raise UserError(f"--height {height} --width {width}: the network halves both four times; use multiples of 16")
     out.parent.mkdir(parents=True, exist_ok=True)
-    needed = count * height * width * (channels + 1) * 1.01
+    needed = count * (height * width * (channels + 1) + 1000) + 100_000  # 1 kB for ids, sizes and indices
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise UserError(f"{out.parent} has {free / 1e6:.0f} MB free and {out.name} needs {needed / 1e6:.0f} MB")
     with whole_file(out) as partial:
-        with full_disk_is_an_error(out), h5py.File(partial, "w") as file:
+        _reserve(partial, int(needed), out)
+        with h5py.File(partial, "w") as file:
             images = (count, height, width, channels)
             file.create_dataset("images", images, "uint8", chunks=(1, *images[1:]))
             file.create_dataset("masks", images[:3], "uint8", chunks=(1, *images[1:3]))
@@ -296,13 +297,14 @@ def write_dataset(out, rows, count, height, width, channels, source, force=False
                 raise UserError(f"{out}: what was written does not read back; check the disk and try again")
 
 
-@contextlib.contextmanager
-def full_disk_is_an_error(out):
-    """Turn what h5py raises while it writes `out`, also a RuntimeError when it closes on a full disk, to UserError."""
+def _reserve(path, size, out):
+    """Raise UserError unless `size` bytes can be written to `path`: h5py crashes when they cannot."""
     try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{out} cannot be written: {' '.join(str(error).split())}; is the disk full?")
+        with open(path, "wb") as file:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise UserError(f"{out} needs {size / 1e6:.1f} MB and cannot be written: {os.strerror(error.errno)}")
 
 
 def check_output(path, force):

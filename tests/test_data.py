@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -471,6 +472,25 @@ def test_a_mistake_at_the_command_line_is_one_sentence(run, small_file, tmp_path
     assert (code, err.count("\n"), err[:7]) == (2, 1, "error: ")
     assert named in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("limit", [50_000, 200_000, 400_000])
+def test_a_disk_that_takes_no_more_is_one_sentence(tmp_path, limit):
+    """In a process whose files cannot grow beyond `limit` bytes: as on a full disk, which df did not show."""
+    resource = pytest.importorskip("resource")
+    root = Path(data.__file__).parent
+    command = [sys.executable, root / "data.py", "synthetic", "x.h5", "--images", "100", *map(str, SIZE)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: x.h5 needs 0.5 MB and cannot be written: File too large")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_damaged_inside_is_refused_when_it_is_read(small_file):
