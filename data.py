@@ -279,7 +279,7 @@ def write_dataset(out, rows, count, height, width, channels, source, force=False
     if free < needed:
         raise UserError(f"{out.parent} has {free / 1e6:.0f} MB free and {out.name} needs {needed / 1e6:.0f} MB")
     with whole_file(out) as partial:
-        _reserve(partial, int(needed), out)
+        _reserve(partial, needed, out)
         with h5py.File(partial, "w") as file:
             images = (count, height, width, channels)
             file.create_dataset("images", images, "uint8", chunks=(1, *images[1:]))

@@ -66,7 +66,7 @@ def test_history_has_a_row_per_iteration(a_run):
     assert [row["iteration"] for row in history] == ["0", "1", "2", "3"]
     assert [row["annotations"] for row in history] == ["16", "23", "30", "37"]
     assert [row["pseudo_labels"] for row in history] == ["0", "0", "4", "6"]
-    assert float(history[-1]["dice"]) > 0.7
+    assert float(history[-1]["dice"]) > 0.8
 
 
 def test_the_last_row_is_what_the_last_weights_reach_on_the_test_images(a_run, dataset):
@@ -136,9 +136,10 @@ def test_a_score_is_the_papers_formula_on_the_last_weights(a_run, dataset):
     positions = [int(row["id"][2:]) for row in rows]
     inputs = (dataset.images(positions) - settings["mean"][0]) / settings["std"][0]
     mean, variance = mc_dropout(model, inputs, 3, derived_seed(1, 2, "passes"), keys=positions)
-    for n, row in enumerate(rows):
-        if np.abs(mean[n] - 0.5).min() < 1e-5:
-            continue  # rounding may move the contour
+    clear = [n for n in range(5) if np.abs(mean[n] - 0.5).min() > 1e-5]  # rounding cannot move their contour
+    assert len(clear) >= 2
+    for n in clear:
+        row = rows[n]
         distance = scipy.ndimage.distance_transform_edt(mean[n] > 0.5)
         expected = (variance[n] * distance / max(distance.max(), 1)).sum()
         assert float(row["uncertainty"]) == pytest.approx(expected, rel=1e-3, abs=1e-5)

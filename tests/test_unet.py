@@ -103,7 +103,7 @@ def test_mean_and_variance_are_those_of_the_plain_loop_over_passes(network, imag
     assert mean.shape == variance.shape == (5, 48, 64)
     np.testing.assert_allclose(mean, np.mean(passes, 0), atol=1e-5)
     np.testing.assert_allclose(variance, np.var(passes, 0), atol=1e-5)
-    assert variance.max() > 1e-4
+    assert variance.max() > 1e-3
 
 
 def test_about_half_of_the_bottleneck_is_dropped(images):
