@@ -159,7 +159,7 @@ class Pool:
         self._set_unlabelled(np.setdiff1d(self.unlabelled, positions))
 
     def training_set(self, pseudo_positions=(), pseudo_labels=()):
-        """Positions (n,) and targets float32 (n, H, W) in [0, 1]: every annotation, then these pseudo-labels.
+        """Positions (n,) and labels, a list of n (H, W) in [0, 1]: every annotation, uint8, then these pseudo-labels.
 
         The pseudo-labelled images stay in the pool [C].
         """
@@ -168,7 +168,7 @@ class Pool:
         labels = [*self._masks.values(), *pseudo_labels]
         if len(labels) != len(positions):
             raise ValueError(f"{len(pseudo_labels)} pseudo-labels for {len(pseudo_positions)} images")
-        return positions, np.stack(labels, dtype=np.float32)
+        return positions, labels
 
     def _require_unlabelled(self, positions):
         foreign = np.setdiff1d(positions, self.unlabelled)

@@ -7,6 +7,7 @@ Masks go to OUT, uncertainty maps and scores.csv to OUT/uncertainty, outlines on
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from skimage.segmentation import find_boundaries
 
 from ceal import uncertainty_score
 from data import normalise, read_image
-from unet import load_unet, mc_dropout, print_devices
+from unet import PRECISIONS, load_unet, mc_dropout, print_devices
 from utils import UserError, map_in_order, progress_bar, run_command, whole_file, write_csv
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
@@ -68,8 +69,11 @@ def save_png(pixels, path):
         Image.fromarray(pixels).save(partial)
 
 
-def save_results(out, path, size, prediction, variance, overlay):
-    """Write what was asked for about one image: prediction and variance (or None) are float32 maps (H, W)."""
+def save_results(out, path, size, prediction, variance, mean, overlay):
+    """Write what was asked for about one image: prediction, variance and mean (or None) are float32 maps (H, W).
+
+    Returns its name and its uncertainty score, or None.
+    """
     mask = resize_map(prediction, size) > 0.5
     save_png(mask.astype(np.uint8) * 255, out / f"{path.stem}_segmentation.png")
     if variance is not None:
@@ -81,38 +85,48 @@ def save_results(out, path, size, prediction, variance, overlay):
             pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
         pixels[find_boundaries(mask, mode="thick")] = 0, 255, 255
         save_png(pixels, out / "overlay" / f"{path.stem}_overlay.png")
+    return path.stem, variance if variance is None else uncertainty_score(variance, mean)
 
 
-def predict_batch(model, settings, images, passes):
-    """Probability maps float32 (N, H, W) and, if `passes`, the Monte Carlo variance too, else a None for each."""
-    inputs = normalise(np.stack(images), settings["mean"], settings["std"])
-    prediction = model.predict(inputs, verbose=0)[..., 0]
-    if not passes:
-        return prediction, [None] * len(images), [None] * len(images)
-    mean, variance = mc_dropout(model, inputs, passes, seed=0)
-    return prediction, variance, [uncertainty_score(v, m) for v, m in zip(variance, mean)]
+def predict_batch(model, settings, batch, passes):
+    """Rows (path, original size, prediction, variance, mean) for a list of (path, image, original size); the last
+    two are of `passes` Monte Carlo passes, or None if there are none."""
+    paths, images, sizes = zip(*batch)
+    images, normalisation = np.stack(images), {name: settings[name] for name in ("mean", "std")}
+    prediction = model.predict_on_batch(normalise(images, **normalisation))[..., 0]
+    mean = variance = [None] * len(batch)
+    if passes:
+        mean, variance = mc_dropout(model, images, passes, seed=0, **normalisation)
+    return zip(paths, sizes, prediction, variance, mean)
+
+
+def in_batches(items):
+    """Lists of up to BATCH items."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, BATCH)):
+        yield batch
 
 
 def predict_all(images, model, settings, out, passes, overlay):
-    """Write the results of every image. Returns the scores, a list of (name, score), and what could not be read."""
-    scores, bad, batch = [], [], []
-    read_all = map_in_order(lambda path: read(path, settings), images)
+    """Write the results of every image, reading, predicting and writing at the same time.
+
+    Returns the scores, a list of (name, score), and what could not be read, a list of UserError."""
+    scores, bad = [], []
     with progress_bar() as progress:
         task = progress.add_task("images", total=len(images))
-        for n, (path, image, size) in enumerate(read_all, 1):
-            if size is None:
-                bad.append(image)
-            else:
-                batch.append((path, image, size))
-            if len(batch) == BATCH or (batch and n == len(images)):
-                paths, pictures, sizes = zip(*batch)
-                prediction, variance, score = predict_batch(model, settings, pictures, passes)
-                rows = zip(paths, sizes, prediction, variance)
-                for _ in map_in_order(lambda row: save_results(out, *row, overlay), rows):
-                    pass
-                scores += [(path.stem, value) for path, value in zip(paths, score)]
-                batch = []
-            progress.update(task, completed=n)
+
+        def readable():
+            for path, image, size in map_in_order(lambda path: read(path, settings), images):
+                if size is None:
+                    bad.append(image)
+                    progress.advance(task)
+                else:
+                    yield path, image, size
+
+        rows = (row for batch in in_batches(readable()) for row in predict_batch(model, settings, batch, passes))
+        for score in map_in_order(lambda row: save_results(out, *row, overlay), rows):
+            scores.append(score)
+            progress.advance(task)
     return scores, bad
 
 
@@ -129,12 +143,15 @@ def main():
     )
     parser.add_argument("--overlay", action="store_true", help="the mask's outline drawn on the image")
     parser.add_argument("--passes", type=int, default=20, help="Monte Carlo passes of --uncertainty (default 20)")
+    parser.add_argument(
+        "--precision", default="float32", choices=PRECISIONS, help="what the network computes in (default float32)"
+    )
     args = parser.parse_args()
     if args.passes < 1:
         raise UserError(f"--passes {args.passes}: must be at least 1")
     images = find_images(args.inputs)
     print_devices()
-    model, settings = load_unet(args.weights)
+    model, settings = load_unet(args.weights, args.precision)
     passes = args.passes if args.uncertainty else 0
     scores, bad = predict_all(images, model, settings, args.out, passes, args.overlay)
     if args.uncertainty and scores:

@@ -10,6 +10,7 @@ A run writes runs/NAME/ and nothing else: config.json, environment.json, history
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import platform
 import subprocess
@@ -21,14 +22,14 @@ import numpy as np
 
 import ceal
 from data import SPLIT_SEED, Dataset, draw_row, normalisation, normalise, split, write_dataset
-from unet import build_unet, dice_loss, keras, mc_dropout, print_devices, save_unet, tf
+from unet import PRECISIONS, build_unet, dice_loss, keras, mc_dropout, print_devices, save_unet, share_out, tf
 from utils import (
     UserError,
     derived_seed,
     figure_examples,
     figure_history,
     figure_scores,
-    progress_bar,
+    map_in_order,
     run_command,
     segmentation_metrics,
     track,
@@ -52,6 +53,8 @@ class Config:
     preset: str = setting("paper", "which settings to start from", choices=("paper", "quick", "demo"))
     data: str = setting("datasets/isic2017.h5", "the HDF5 file that data.py made; auto: draw one into the run's folder")
     run: str = setting("auto", "the folder to write; auto: runs/PRESET-DATE-TIME")
+    precision: str = setting("float32", "what the network computes in, for training and scoring", choices=PRECISIONS)
+    devices: str = setting("one", "all: share every batch out among all GPUs", choices=("one", "all"))
     seed: int = setting(1, "the run's seed: weights, batches, augmentation, dropout, random choices", 0)
 
     split_seed: int = setting(SPLIT_SEED, "the split's own seed; keep it, so that results compare", 0)
@@ -163,25 +166,42 @@ def augmentation(config, seed):
     )
 
 
-def training_batches(images, targets, batch_size, seed, augment=None):
-    """A tf.data.Dataset of one epoch's batches, shuffled anew each time that it is gone through.
+def training_batches(read, count, batch_size, seed, augment=None):
+    """A tf.data.Dataset of one epoch's batches of `count` examples, shuffled anew each time that it is gone through.
 
-    images: float32 (n, H, W, C), normalised; targets: float32 (n, H, W) in [0, 1]. With `augment` (a Keras layer)
-    image and mask are moved together, the mask being one more channel of the image while they move.
+    read: example numbers, int64 (b,) -> images, float32 (b, H, W, C), normalised, and targets, float32 (b, H, W, 1)
+    in [0, 1]; it is called while the step before is computed. With `augment` (a Keras layer) image and mask are moved
+    together, the mask being one more channel of the image while they move.
     """
-    with tf.device("CPU"):
-        images, targets = tf.constant(images), tf.constant(targets[..., None])
+    shapes = [(None, *array.shape[1:]) for array in read(np.arange(1))]
 
-    def batch(positions):
-        pictures, masks = tf.gather(images, positions), tf.gather(targets, positions)
+    def batch(numbers):
+        pictures, masks = map(tf.ensure_shape, tf.numpy_function(read, [numbers], (tf.float32, tf.float32)), shapes)
         if augment:
             moved = augment(tf.concat([pictures, masks], -1), training=True)
             pictures, masks = moved[..., :-1], tf.round(moved[..., -1:])
         return pictures, masks
 
-    order = tf.data.Dataset.range(len(images)).shuffle(len(images), seed=seed)
+    def in_batches(order):
+        parts = tf.data.Dataset.range(steps)
+        return parts.map(lambda step: order[step * count // steps : (step + 1) * count // steps])
+
+    # The sizes of batches differ by one at most: no step on a few images, and a share for every device.
+    steps = -(-count // batch_size)
+    order = tf.data.Dataset.range(count).shuffle(count, seed=seed).batch(count)
     # The layers' random state makes the map sequential; its operations use all cores.
-    return order.batch(batch_size).map(batch).prefetch(2)
+    batches = order.flat_map(in_batches).map(batch).prefetch(2)
+    return batches.apply(tf.data.experimental.assert_cardinality(steps))
+
+
+def training_step(model):
+    """A compiled function (images, targets) that trains the model on this batch, of which each device has a share."""
+
+    @tf.function(reduce_retracing=True, jit_compile=model.jit_compile)
+    def step(images, targets):
+        model.distribute_strategy.run(model.train_step, ((images, targets),))
+
+    return step
 
 
 class Trainer:
@@ -189,41 +209,76 @@ class Trainer:
 
     def __init__(self, config, dataset, mean, std):
         self.config, self.dataset, self.mean, self.std = config, dataset, mean, std
+        devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+        several = config.devices == "all" and len(devices) > 1
+        if several and config.batch_size < len(devices):
+            raise UserError(
+                f"--batch-size {config.batch_size} is too small to be shared out among {len(devices)} devices"
+            )
+        strategy = (
+            tf.distribute.MirroredStrategy([d.name for d in devices]) if several else tf.distribute.get_strategy()
+        )
         keras.utils.set_random_seed(derived_seed(config.seed, "weights"))
-        self.model = build_unet(dataset.height, dataset.width, dataset.channels, config.filters, config.dropout)
-        self.model.compile(keras.optimizers.Adam(config.learning_rate), dice_loss)
+        size = dataset.height, dataset.width, dataset.channels
+        with strategy.scope():
+            self.model = build_unet(*size, config.filters, config.dropout, config.precision)
+            # XLA and several replicas do not go together.
+            jit_compile = False if several else "auto"
+            self.model.compile(keras.optimizers.Adam(config.learning_rate), dice_loss, jit_compile=jit_compile)
+            self.model.optimizer.build(self.model.trainable_variables)
+        self.step = training_step(self.model)
+        self.chunk = 16 * strategy.num_replicas_in_sync  # images that are scored at a time
 
     def images(self, positions):
         """The network's input for these positions: float32 (n, H, W, C)."""
         return normalise(self.dataset.images(positions), self.mean, self.std)
 
-    def fit(self, positions, targets, iteration):
-        """Train on these images and targets float32 (n, H, W): the initial training, augmented, if iteration is 0."""
+    def fit(self, positions, labels, iteration):
+        """Train on these images with their labels, a list of (H, W) in [0, 1]: the initial training, augmented, if
+        iteration is 0. Images are read from the data file batch by batch, so that memory does not limit their number.
+        """
         config = self.config
         seed = derived_seed(config.seed, iteration, "training")
         augment, epochs = None, config.active_epochs
         if iteration == 0:
             augment, epochs = augmentation(config, seed), config.initial_epochs
-        batches = training_batches(self.images(positions), targets, config.batch_size, seed, augment)
-        with progress_bar() as progress:
-            task = progress.add_task(f"iteration {iteration}: training steps", total=epochs * len(batches))
-            step = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: progress.advance(task))
-            self.model.fit(batches, epochs=epochs, shuffle=False, verbose=0, callbacks=[step])
 
-    def uncertainty(self, positions, iteration):
-        """Mean and variance of the iteration's Monte Carlo passes: float32 (n, H, W) each."""
+        def read(numbers):
+            targets = np.stack([labels[n] for n in numbers], dtype=np.float32)[..., None]
+            return self.images(positions[numbers]), targets
+
+        batches = training_batches(read, len(positions), config.batch_size, seed, augment)
+        steps = itertools.chain.from_iterable(itertools.repeat(batches, epochs))
+        for batch in track(steps, f"iteration {iteration}: training steps", epochs * len(batches)):
+            self.step(*share_out(self.model.distribute_strategy, *batch))
+
+    def uncertainty(self, positions, iteration, images=None):
+        """Mean and variance of the iteration's Monte Carlo passes: float32 (n, H, W) each. images: the data set's at
+        these positions, where they have been read already."""
+        images = self.dataset.images(positions) if images is None else images
         seed = derived_seed(self.config.seed, iteration, "passes")
-        return mc_dropout(self.model, self.images(positions), self.config.passes, seed, keys=positions)
+        return mc_dropout(self.model, images, self.config.passes, seed, keys=positions, mean=self.mean, std=self.std)
 
     def score(self, pool, iteration):
         """Score and Dice of each unlabelled image of the ceal.Pool: float64 (n,) both, in the order of
-        `pool.unlabelled`. The prediction that both rest on is the mean of the passes."""
-        scores, dice = [], []
-        for positions in track(in_chunks(pool.unlabelled, 16), f"iteration {iteration}: scoring the pool"):
-            mean, variance = self.uncertainty(positions, iteration)
-            scores += [ceal.uncertainty_score(v, m, self.config.distance) for v, m in zip(variance, mean)]
-            dice += [*segmentation_metrics(self.dataset.masks(positions), mean > 0.5)["dice"]]
-        return np.array(scores), np.array(dice)
+        `pool.unlabelled`. The prediction that both rest on is the mean of the passes.
+
+        A chunk's images are read before, and its maps rated after, while other chunks are in the network."""
+
+        def read(positions):
+            return positions, self.dataset.images(positions)
+
+        def rate(maps):
+            positions, mean, variance = maps
+            scores = [ceal.uncertainty_score(v, m, self.config.distance) for v, m in zip(variance, mean)]
+            return scores, segmentation_metrics(self.dataset.masks(positions), mean > 0.5)["dice"]
+
+        chunks = in_chunks(pool.unlabelled, self.chunk)
+        pictures = map_in_order(read, chunks, workers=1)
+        maps = ((positions, *self.uncertainty(positions, iteration, images)) for positions, images in pictures)
+        rated = track(map_in_order(rate, maps), f"iteration {iteration}: scoring the pool", len(chunks))
+        scores, dice = (np.concatenate(values) for values in zip(*rated))
+        return scores, dice
 
     def evaluate(self, positions):
         """Mean over these images of each metric at a threshold of 0.5, a dict; warns of a collapsed network."""

@@ -40,22 +40,42 @@ def print_devices():
 
 
 LEVELS = 4  # times that the network halves its input
+# What --precision means: in the half-width types the layers compute; weights, loss and output stay float32.
+PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
 
-def build_unet(height, width, channels=1, filters=32, dropout=0.5):
+class Dropout(layers.Dropout):
+    """Dropout that draws one mask for the whole batch and gives each replica its rows of it, so that training on
+    several devices drops what training on one would drop."""
+
+    def call(self, inputs, training=False):
+        context = tf.distribute.get_replica_context()
+        if not training or context.num_replicas_in_sync == 1:
+            return super().call(inputs, training=training)
+        sizes = context.all_gather(tf.shape(inputs)[:1], axis=0)
+        first = tf.cumsum(sizes, exclusive=True)[context.replica_id_in_sync_group]
+        ones = tf.ones([tf.reduce_sum(sizes), *inputs.shape[1:]], inputs.dtype)
+        masks = keras.random.dropout(ones, self.rate, seed=self.seed_generator)
+        return inputs * masks[first : first + tf.shape(inputs)[0]]
+
+
+def build_unet(height, width, channels=1, filters=32, dropout=0.5, precision="float32"):
     """The network of the paper's published code.
 
     Input float32 (N, height, width, channels), normalised; output float32 (N, height, width, 1), the probability
     of lesion. Two 3x3 ReLU convolutions per level with `filters` to 16 * `filters` channels, 2x2 max-pooling,
     nearest up-sampling then concatenation, and one dropout layer after the bottleneck. 7,846,081 parameters for one
-    channel and 32 filters. Raises ValueError if height or width cannot be halved four times.
+    channel and 32 filters. precision: a key of PRECISIONS, what the layers compute in.
+    Raises ValueError if height or width cannot be halved four times.
     """
     if height % 2**LEVELS or width % 2**LEVELS or min(height, width) < 2**LEVELS:
         raise ValueError(f"height and width must be multiples of {2**LEVELS}, not {height} and {width}")
+    policy = PRECISIONS[precision]
 
     def convolutions(x, level, name):
         for letter in "ab":
-            x = layers.Conv2D(filters * 2**level, 3, padding="same", activation="relu", name=f"{name}_{letter}")(x)
+            channels, name_ab = filters * 2**level, f"{name}_{letter}"
+            x = layers.Conv2D(channels, 3, padding="same", activation="relu", dtype=policy, name=name_ab)(x)
         return x
 
     x = inputs = keras.Input((height, width, channels), name="image")
@@ -63,48 +83,97 @@ def build_unet(height, width, channels=1, filters=32, dropout=0.5):
     for level in range(LEVELS):
         x = convolutions(x, level, f"encoder_{level}")
         skips.append(x)
-        x = layers.MaxPooling2D(2)(x)
+        x = layers.MaxPooling2D(2, dtype=policy, name=f"down_{level}")(x)
     x = convolutions(x, LEVELS, "bottleneck")
-    x = layers.Dropout(dropout, name="dropout")(x)
+    x = Dropout(dropout, dtype=policy, name="dropout")(x)
     for level in reversed(range(LEVELS)):
-        x = layers.Concatenate()([layers.UpSampling2D(2)(x), skips[level]])
+        x = layers.UpSampling2D(2, dtype=policy, name=f"up_{level}")(x)
+        x = layers.Concatenate(dtype=policy, name=f"join_{level}")([x, skips[level]])
         x = convolutions(x, level, f"decoder_{level}")
-    # float32 whatever the precision policy: the loss and the variance need it.
+    # float32 whatever the precision: the loss and the variance need it.
     outputs = layers.Conv2D(1, 1, activation="sigmoid", dtype="float32", name="probability")(x)
     return keras.Model(inputs, outputs, name="unet")
 
 
+def unet_settings(model):
+    """What `build_unet` needs to build this network again, a dict. Raises ValueError if it is of another kind."""
+    _, height, width, channels = model.input_shape
+    dropout = model.get_layer("dropout")
+    (precision,) = [name for name, policy in PRECISIONS.items() if policy == dropout.dtype_policy.name]
+    filters = model.get_layer("encoder_0_a").filters
+    sizes = {"height": height, "width": width, "channels": channels}
+    return {**sizes, "filters": filters, "dropout": dropout.rate, "precision": precision}
+
+
+def share_out(strategy, *batch):
+    """Each array of the batch as equal shares (but for one image) for the strategy's devices."""
+    devices = strategy.num_replicas_in_sync
+    if devices == 1:
+        return batch
+    edges = [len(batch[0]) * device // devices for device in range(devices + 1)]
+
+    def share(values):
+        def of_device(context):
+            device = context.replica_id_in_sync_group
+            return tf.constant(values[edges[device] : edges[device + 1]])
+
+        return strategy.experimental_distribute_values_from_function(of_device)
+
+    return tuple(map(share, batch))
+
+
 def dice_coefficient(y_true, y_pred, smooth=1.0):
-    """Soft Dice coefficient, pooled over all pixels of the batch, as published; a float32 scalar in (0, 1]."""
+    """Soft Dice coefficient, pooled over all pixels of the batch, as published; a float32 scalar in (0, 1].
+
+    The batch is the whole one, on however many devices it lies.
+    """
     y_true = tf.reshape(tf.cast(y_true, tf.float32), [-1])
     y_pred = tf.reshape(tf.cast(y_pred, tf.float32), [-1])
-    overlap = tf.reduce_sum(y_true * y_pred)
-    return (2.0 * overlap + smooth) / (tf.reduce_sum(y_true) + tf.reduce_sum(y_pred) + smooth)
+    overlap, sizes = tf.reduce_sum(y_true * y_pred), tf.reduce_sum(y_true) + tf.reduce_sum(y_pred)
+    replica = tf.distribute.get_replica_context()
+    if replica and replica.num_replicas_in_sync > 1:
+        overlap, sizes = replica.all_reduce("SUM", [overlap, sizes])
+    return (2.0 * overlap + smooth) / (sizes + smooth)
 
 
+@keras.saving.register_keras_serializable("ceal")  # so that a compiled model can be cloned
 def dice_loss(y_true, y_pred):
-    """The published loss: minus the soft Dice coefficient of the batch."""
-    return -dice_coefficient(y_true, y_pred)
+    """The published loss: minus the soft Dice coefficient of the batch. Of several devices each returns an equal part,
+    for Keras adds up a loss that is one number."""
+    return -dice_coefficient(y_true, y_pred) / tf.distribute.get_strategy().num_replicas_in_sync
 
 
-def mc_dropout(model, images, passes, seed, keys=None, batch_size=16):
+# ---------------------------------------------------------------------------------------------- Monte Carlo dropout
+
+
+def mc_dropout(model, images, passes, seed, keys=None, batch_size=16, mean=0.0, std=1.0):
     """Mean and variance of `passes` stochastic predictions (the paper's section 2, its Fig. 1).
 
-    images: float32 (N, H, W, C), normalised as for training. Returns (mean, variance), float32 (N, H, W) each; the
-    variance is the population's. A pass of an image draws its dropout mask from (seed, the image's key, the number
-    of the pass) alone, so neither the batch size, nor the order, nor the other images matter. keys: an int per image
-    that names it, say its position in the data set; without them its pixels do.
+    images: uint8 or float32 (N, H, W, C); the network sees (images - mean) / std, mean and std being a float per
+    channel or one for all. Returns (mean, variance), float32 (N, H, W) each; the variance is the population's. A pass
+    of an image draws its dropout mask from (seed, the image's key, the number of the pass) alone, so neither the
+    batch size, nor the order, nor the other images, nor the number of devices matter. keys: an int per image that
+    names it, say its position in the data set; without them its pixels do. Each device gets `batch_size` images at
+    a time.
     """
     if passes < 1:
         raise ValueError(f"passes must be at least 1, not {passes}")
-    images = np.ascontiguousarray(images, np.float32)
-    mean, variance = np.empty((2, *images.shape[:3]), np.float32)
-    sample = _sampler(model)
-    names = images if keys is None else np.asarray(keys, np.int64)
-    for start in range(0, len(images), batch_size):
-        batch = slice(start, start + batch_size)
-        mean[batch], variance[batch] = sample(images[batch], _image_seeds(names[batch], seed), passes)
-    return mean, variance
+    images = np.ascontiguousarray(images, None if images.dtype == np.uint8 else np.float32)
+    image_seeds = _image_seeds(images if keys is None else np.asarray(keys, np.int64), seed)
+    constants = np.int64(passes), np.atleast_1d(np.float32(mean)), np.atleast_1d(np.float32(std))
+    maps = np.empty((2, *images.shape[:3]), np.float32)
+    step = batch_size * model.distribute_strategy.num_replicas_in_sync
+    for start in range(0, len(images), step):
+        some = slice(start, start + step)
+        maps[:, some] = _on_all_devices(model, images[some], image_seeds[some], constants)
+    return tuple(maps)
+
+
+def _on_all_devices(model, images, image_seeds, constants):
+    """(mean, variance) of one step's images, shared out among the devices of the model's strategy."""
+    strategy, sample = model.distribute_strategy, _sampler(model, images.dtype)
+    maps = sample(*share_out(strategy, images, image_seeds), *map(tf.constant, constants))
+    return [np.concatenate(strategy.experimental_local_results(kind)) for kind in maps]
 
 
 def _image_seeds(names, seed):
@@ -113,71 +182,151 @@ def _image_seeds(names, seed):
     return np.frombuffer(b"".join(blake2b(name.tobytes(), digest_size=8, salt=salt).digest() for name in names), "<i8")
 
 
-@functools.lru_cache(maxsize=1)
-def _sampler(model):
-    """A compiled function (images, image_seeds, passes) -> (mean, variance); the encoder runs once for all passes."""
-    dropout = model.get_layer("dropout")
-    skips = [model.get_layer(f"encoder_{level}_b").output for level in range(LEVELS)]
-    encoder = keras.Model(model.input, [dropout.input, *skips])
-    decoder = keras.Model([dropout.output, *skips], model.output)
-    shape = dropout.output.shape[1:]
+@functools.lru_cache(maxsize=4)
+def _sampler(model, dtype):
+    """A compiled function (images, image_seeds, passes, mean, std) -> (mean, variance) for images of this dtype."""
+    prepare = _decoder_passes(model) if _is_build_unet(model) else _whole_network_passes(model)
 
-    def dropout_mask(seed):
-        # An algorithm by name: the default differs between devices.
-        return tf.random.stateless_uniform(shape, seed, alg="philox") >= dropout.rate
-
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec((None, *model.input_shape[1:]), tf.float32),
-            tf.TensorSpec([None], tf.int64),
-            tf.TensorSpec([], tf.int64),
-        ]
-    )
-    def sample(images, image_seeds, passes):
-        bottleneck, *skips = encoder(images, training=False)
-        bottleneck /= tf.cast(1.0 - dropout.rate, bottleneck.dtype)
+    def sample(images, image_seeds, passes, mean, std):
+        normalised = tf.ensure_shape((tf.cast(images, tf.float32) - mean) / std, images.shape)
+        one_pass = prepare(normalised, image_seeds)
         mean = squares = tf.zeros(tf.shape(images)[:3])
         for number in tf.range(passes):
-            seeds = tf.stack([image_seeds, tf.fill(tf.shape(image_seeds), number)], 1)
-            masks = tf.map_fn(dropout_mask, seeds, fn_output_signature=tf.bool)
-            prediction = decoder([bottleneck * tf.cast(masks, bottleneck.dtype), *skips], training=False)[..., 0]
+            prediction = one_pass(number)
             # Welford's update: the passes need not be kept, and a small variance does not cancel away.
             difference = prediction - mean
             mean += difference / tf.cast(number + 1, tf.float32)
             squares += difference * (prediction - mean)
         return mean, squares / tf.cast(passes, tf.float32)
 
-    return sample
+    strategy = model.distribute_strategy
+    if strategy.num_replicas_in_sync > 1:
+        return tf.function(lambda *batch: strategy.run(sample, batch), reduce_retracing=True)
+    image, channels = tf.TensorSpec((None, *model.input_shape[1:]), dtype), tf.TensorSpec([None], tf.float32)
+    image_seeds, passes = tf.TensorSpec([None], tf.int64), tf.TensorSpec([], tf.int64)
+    return tf.function(sample, input_signature=[image, image_seeds, passes, channels, channels])
+
+
+def _is_build_unet(model):
+    """Whether the network is exactly one of `build_unet`, so that its passes may be rearranged."""
+    try:
+        return model.get_config() == build_unet(**unet_settings(model)).get_config()
+    except (ValueError, AttributeError):  # other layers, another size
+        return False
+
+
+def _dropout_masks(shape, rate, image_seeds, number):
+    """bool (N, *shape): what pass `number` keeps of each image."""
+    seeds = tf.stack([image_seeds, tf.fill(tf.shape(image_seeds), number)], 1)
+
+    def kept(seed):
+        # An algorithm by name: the default differs between devices.
+        return tf.random.stateless_uniform(shape, seed, alg="philox") >= rate
+
+    return tf.map_fn(kept, seeds, fn_output_signature=tf.bool)
+
+
+class _KnownDropout(layers.Dropout):
+    """Dropout in a pass of `_whole_network_passes`, which sets what the masks depend on."""
+
+    image_seeds = number = None
+
+    def call(self, inputs, training=False):
+        masks = _dropout_masks(inputs.shape[1:], self.rate, self.image_seeds, self.number)
+        return inputs / tf.cast(1.0 - self.rate, inputs.dtype) * tf.cast(masks, inputs.dtype)
+
+
+def _whole_network_passes(model):
+    """The plain way, for any network with dropout: each pass runs all of it. See `_sampler`."""
+
+    def swap(layer):
+        return _KnownDropout(layer.rate, dtype=layer.dtype_policy) if isinstance(layer, layers.Dropout) else layer
+
+    twin = keras.models.clone_model(model, clone_function=swap)
+    dropouts = [layer for layer in twin.layers if isinstance(layer, _KnownDropout)]
+
+    def prepare(images, image_seeds):
+        def one_pass(number):
+            for index, layer in enumerate(dropouts):
+                layer.image_seeds, layer.number = image_seeds + index, number
+            return twin(images, training=False)[..., 0]
+
+        return one_pass
+
+    return prepare
+
+
+def _decoder_passes(model):
+    """The fast way, for `build_unet`: the same passes, rearranged so that little is computed twice. See `_sampler`.
+
+    1. The encoder runs once per image: all that is random comes after it.
+    2. A level's first convolution is linear in its two inputs; the half that sees the skip connection, the same in
+       all passes, is computed once.
+    3. Nearest up-sampling by 2, then a 3x3 convolution, is one 4x4 convolution transposed with a stride of 2: the
+       large map is never made, and 4 multiplications remain of 9.
+    """
+    dropout = model.get_layer("dropout")
+    skips = [model.get_layer(f"encoder_{level}_b").output for level in range(LEVELS)]
+    encoder = keras.Model(model.input, [dropout.input, *skips])
+    first, second = ([model.get_layer(f"decoder_{n}_{letter}") for n in range(LEVELS)] for letter in "ab")
+
+    def prepare(images, image_seeds):
+        bottleneck, *skips = encoder(images, training=False)
+        bottleneck /= tf.cast(1.0 - dropout.rate, bottleneck.dtype)
+        dtype = bottleneck.dtype
+        up_kernels, skip_halves = [], []
+        for layer, skip in zip(first, skips):
+            up, beside = tf.split(layer.kernel, [-1, skip.shape[-1]], axis=2)
+            up_kernels.append(tf.cast(_transposed_kernel(up), dtype))
+            half = tf.nn.conv2d(skip, tf.cast(beside, dtype), 1, "SAME")
+            skip_halves.append(tf.nn.bias_add(half, tf.cast(layer.bias, dtype)))
+
+        def one_pass(number):
+            masks = _dropout_masks(bottleneck.shape[1:], dropout.rate, image_seeds, number)
+            x = bottleneck * tf.cast(masks, dtype)
+            for level in reversed(range(LEVELS)):
+                half = skip_halves[level]
+                x = tf.nn.relu(tf.nn.conv2d_transpose(x, up_kernels[level], tf.shape(half), 2, "SAME") + half)
+                x = second[level](x)
+            return model.get_layer("probability")(x)[..., 0]
+
+        return one_pass
+
+    return prepare
+
+
+def _transposed_kernel(kernel):
+    """(3, 3, in, out), for a convolution after nearest up-sampling by 2, to (4, 4, out, in), for a transposed one."""
+    corners = [(row, column) for row in (0, 1) for column in (0, 1)]
+    summed = tf.add_n([tf.pad(kernel, [[r, 1 - r], [c, 1 - c], [0, 0], [0, 0]]) for r, c in corners])
+    return tf.transpose(summed[::-1, ::-1], [0, 1, 3, 2])
+
+
+# ---------------------------------------------------------------------------------------------------- weights files
 
 
 def save_unet(model, path, mean, std):
     """Write the weights to `path` (*.weights.h5, standard Keras) and, as its attribute `unet`, what else they need:
     height, width, channels, filters, dropout, and the normalisation's mean and std, a list of float per channel."""
-    _, height, width, channels = model.input_shape
-    settings = {
-        "height": height,
-        "width": width,
-        "channels": channels,
-        "filters": model.get_layer("encoder_0_a").filters,
-        "dropout": model.get_layer("dropout").rate,
-        "mean": [float(m) for m in mean],
-        "std": [float(s) for s in std],
-    }
+    settings = {**unet_settings(model), "mean": [float(m) for m in mean], "std": [float(s) for s in std]}
+    del settings["precision"]  # the weights are float32 whatever they were trained in
     with whole_file(path) as partial:
         model.save_weights(partial)
         with h5py.File(partial, "a") as file:
             file.attrs["unet"] = json.dumps(settings)
 
 
-def load_unet(path):
+def load_unet(path, precision="float32"):
     """Read what `save_unet` wrote. Returns (model, settings), `settings` being the dict in the file's attribute.
 
-    Raises UserError if the file is missing, is not a weights file of this project, or is damaged.
+    precision: a key of PRECISIONS, what the network is to compute in. Raises UserError if the file is missing, is not
+    a weights file of this project, or is damaged.
     """
     try:
         with h5py.File(path) as file:
             settings = json.loads(file.attrs["unet"])
-        model = build_unet(**{k: settings[k] for k in ("height", "width", "channels", "filters", "dropout")})
+        sizes = {k: settings[k] for k in ("height", "width", "channels", "filters", "dropout")}
+        model = build_unet(**sizes, precision=precision)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # Keras only warns of layers that it does not find in the file
             model.load_weights(path)

@@ -1,14 +1,18 @@
 """train.py: the whole loop as a user runs it, what it may never do, and the moving together of image and mask."""
 
 import csv
+import itertools
 import json
+import subprocess
+import sys
 
 import h5py
 import numpy as np
 import pytest
-from conftest import blobs
+from conftest import ROOT, blobs
 
 import train
+import unet
 from data import Dataset, Row, split, write_dataset
 from unet import load_unet, mc_dropout
 from utils import UserError, derived_seed, segmentation_metrics
@@ -176,8 +180,9 @@ def test_pseudo_labels_are_the_networks_own_soft_maps_of_those_images(a_run, dat
     assert len(at) == 4
     inputs = (dataset.images(positions[at]) - settings["mean"][0]) / settings["std"][0]
     mean, _ = mc_dropout(model, inputs, 3, derived_seed(1, 2, "passes"), keys=positions[at])
-    np.testing.assert_allclose(targets[at], mean, atol=1e-3)
-    assert ((targets[at] > 0.01) & (targets[at] < 0.99)).any()
+    labels = np.stack([targets[n] for n in at])
+    np.testing.assert_allclose(labels, mean, atol=1e-3)
+    assert ((labels > 0.01) & (labels < 0.99)).any()
 
 
 def test_test_images_are_never_trained_on(a_run, dataset):
@@ -205,6 +210,18 @@ def test_training_does_not_read_the_test_images_at_all(dataset, tmp_path, monkey
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_the_plain_sampler_gives_the_same_run(a_run, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(unet, "_is_build_unet", lambda model: False)
+    arguments = f"train.py --data {dataset.path} --run {tmp_path / 'r'} --iterations 1 --learning-rate 0.001"
+    monkeypatch.setattr("sys.argv", f"{arguments} {TINY} {QUERIES}".split())
+    train.main()
+    fast, plain = (read_csv(run / "iteration_01" / "queries.csv") for run in (a_run[0], tmp_path / "r"))
+    assert fast == plain
+    fast, plain = (read_csv(run / "history.csv")[:2] for run in (a_run[0], tmp_path / "r"))
+    for a, b in zip(fast, plain, strict=True):
+        assert [float(a[name]) for name in train.METRICS] == pytest.approx([float(b[name]) for name in train.METRICS])
+
+
 def test_a_pool_that_runs_empty_ends_the_run(dataset, tmp_path, monkeypatch, capsys):
     arguments = f"train.py --data {dataset.path} --run {tmp_path / 'r'} --iterations 9 {TINY} {QUERIES}"
     monkeypatch.setattr("sys.argv", [*arguments.split(), "--random", "14"])
@@ -214,14 +231,55 @@ def test_a_pool_that_runs_empty_ends_the_run(dataset, tmp_path, monkeypatch, cap
     assert "the pool is empty" in capsys.readouterr().out
 
 
+# --------------------------------------------------------------------------------------------------- several devices
+
+TWO_DEVICES = """
+import sys
+import tensorflow as tf
+cpu, = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import train
+train.main()
+"""
+
+
+def test_two_devices_do_what_one_does(dataset, tmp_path):
+    """Odd numbers of images everywhere, so that the devices' shares differ in size."""
+    options = f"{TINY} {QUERIES} --pool 29 --initial 15 --iterations 1 --initial-epochs 3 --active-epochs 1".split()
+    for devices in "one", "all":
+        arguments = ["--data", dataset.path, "--run", tmp_path / devices, "--devices", devices, *options]
+        command = [sys.executable, "-c", TWO_DEVICES, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    scores = [read_csv(tmp_path / devices / "iteration_01" / "scores.csv") for devices in ("one", "all")]
+    assert [row["id"] for row in scores[0]] == [row["id"] for row in scores[1]]
+    for name in "uncertainty", "dice":
+        one, all = (np.array([float(row[name]) for row in rows]) for rows in scores)
+        np.testing.assert_allclose(all, one, rtol=1e-2, atol=1e-6)
+        assert np.ptp(one) > 0
+    one, all = (read_csv(tmp_path / devices / "history.csv") for devices in ("one", "all"))
+    assert [float(row["dice"]) for row in all] == pytest.approx([float(row["dice"]) for row in one], abs=1e-3)
+
+
+def test_more_devices_than_a_batch_has_images_are_refused(dataset, tmp_path):
+    arguments = ["--data", dataset.path, "--run", tmp_path / "r", "--devices", "all", *TINY.split(), *QUERIES.split()]
+    command = [sys.executable, "-c", TWO_DEVICES, *map(str, arguments), "--batch-size", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert "--batch-size 1 is too small to be shared out among 2 devices" in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------ augmentation
+
+
+def batches_of(images, targets, batch_size, augment=None):
+    return train.training_batches(lambda n: (images[n], targets[n]), len(images), batch_size, 1, augment)
 
 
 def test_image_and_mask_are_moved_together():
     """An image that is its own mask still is after every movement."""
     _, masks = blobs(32, 48, 64)
     config = train.Config(rotation=40, width_shift=0.2)
-    batches = train.training_batches(masks, masks[..., 0], 8, seed=1, augment=train.augmentation(config, seed=1))
+    batches = batches_of(masks, masks, 8, train.augmentation(config, seed=1))
     moved, areas = 0, []
     for images, targets in batches:
         images, targets = images.numpy(), targets.numpy()
@@ -239,7 +297,7 @@ def test_augmentation_reaches_as_far_as_it_says_and_no_further():
     bar[:, 12:53, 32] = 1
 
     def centre(config, seed=2):
-        batches = train.training_batches(bar, bar[..., 0], 400, seed=1, augment=train.augmentation(config, seed))
+        batches = batches_of(bar, bar, 400, train.augmentation(config, seed))
         ((images, _),) = [(i.numpy()[..., 0], t) for i, t in batches]
         y, x = np.mgrid[:65, :65]
         weight = images / images.sum((1, 2), keepdims=True)
@@ -261,21 +319,31 @@ def test_half_of_the_images_are_mirrored():
     images = np.zeros((400, 16, 16, 1), np.float32)
     images[:, 4:12, 2:5] = 1
     config = train.Config(rotation=0, width_shift=0)
-    ((moved, _),) = train.training_batches(images, images[..., 0], 400, seed=1, augment=train.augmentation(config, 3))
+    ((moved, _),) = batches_of(images, images, 400, train.augmentation(config, 3))
     mirrored = (moved.numpy()[:, ::1, ::-1] == images).all((1, 2, 3))
     assert 150 < mirrored.sum() < 250
     assert ((moved.numpy() == images).all((1, 2, 3)) | mirrored).all()
 
 
+def test_the_sizes_of_batches_differ_by_one_at_most():
+    images = np.arange(17, dtype=np.float32).reshape(17, 1, 1, 1)
+    batches = batches_of(images, images, 4)
+    for _ in range(2):
+        seen = [images.numpy().ravel().tolist() for images, _ in batches]
+        assert sorted(map(len, seen)) == [3, 3, 3, 4, 4]
+        assert sorted(itertools.chain(*seen)) == list(range(17))
+    assert len(batches) == 5
+
+
 def test_without_augmentation_soft_targets_stay_as_they_are():
-    targets = np.random.default_rng(0).random((10, 16, 16)).astype(np.float32)
-    images = targets[..., None] * 2
-    batches = train.training_batches(images, targets, 4, seed=1)
+    targets = np.random.default_rng(0).random((10, 16, 16, 1)).astype(np.float32)
+    images = targets * 2
+    batches = batches_of(images, targets, 4)
     seen = []
     for inputs, outputs in batches:
         np.testing.assert_array_equal(inputs, outputs * 2)
         seen += [*outputs.numpy()[:, 0, 0, 0]]
-    assert sorted(seen) == sorted(targets[:, 0, 0])
+    assert sorted(seen) == sorted(targets[:, 0, 0, 0])
     again = [value for _, outputs in batches for value in outputs.numpy()[:, 0, 0, 0]]
     assert seen != again  # shuffled anew
 

@@ -4,7 +4,9 @@ import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import blobs
 
+import unet
 from unet import _image_seeds, build_unet, dice_coefficient, dice_loss, keras, load_unet, mc_dropout, save_unet
 from utils import UserError
 
@@ -63,13 +65,16 @@ def test_dice_of_half_precision_maps_does_not_overflow():
     assert float(dice_coefficient(ones, ones)) == pytest.approx(1)
 
 
-def test_mixed_precision_predicts_in_float32():
-    keras.mixed_precision.set_global_policy("mixed_float16")
-    try:
-        model = build_unet(16, 16, filters=2)
-    finally:
-        keras.mixed_precision.set_global_policy("float32")
-    assert model(np.zeros((1, 16, 16, 1))).dtype == tf.float32
+@pytest.mark.parametrize(("precision", "close"), [("bfloat16", 0.03), ("float16", 0.004)])
+def test_half_precision_computes_in_half_and_stays_close(precision, close, unet_weights):
+    model, settings = load_unet(unet_weights)
+    half, same = load_unet(unet_weights, precision)
+    assert same == settings
+    assert half.get_layer("decoder_0_b").compute_dtype == precision
+    assert half.get_layer("decoder_0_b").kernel.dtype == half.output.dtype == "float32"
+    images = blobs(6, 48, 64, seed=5)[0].astype(np.uint8)
+    exact, rounded = (mc_dropout(m, images, 8, seed=1, mean=128, std=50)[0] for m in (model, half))
+    assert 1e-6 < np.abs(exact - rounded).mean() < close
 
 
 class KnownMask(keras.layers.Layer):
@@ -104,6 +109,58 @@ def test_mean_and_variance_are_those_of_the_plain_loop_over_passes(network, imag
     np.testing.assert_allclose(mean, np.mean(passes, 0), atol=1e-5)
     np.testing.assert_allclose(variance, np.var(passes, 0), atol=1e-5)
     assert variance.max() > 1e-3
+
+
+@pytest.fixture(params=["random", "trained"])
+def any_network(request, network, unet_weights):
+    """(network, uint8 images that it can see)"""
+    model = network if request.param == "random" else load_unet(unet_weights)[0]
+    images = blobs(7, 48, 64, seed=4)[0].clip(0, 255).astype(np.uint8)
+    return model, np.repeat(images, model.input_shape[-1], -1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_the_fast_passes_are_those_of_the_whole_network(any_network, batch_size, monkeypatch):
+    model, images = any_network
+    options = {"passes": 5, "seed": 3, "batch_size": batch_size, "mean": 128, "std": 50}
+    fast = mc_dropout(model, images, **options)
+    monkeypatch.setattr(unet, "_is_build_unet", lambda model: False)
+    unet._sampler.cache_clear()
+    plain = mc_dropout(model, images, **options)
+    unet._sampler.cache_clear()
+    for a, b in zip(fast, plain):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert plain[1].max() > 1e-3
+
+
+def test_only_the_very_network_is_rearranged(network):
+    assert unet._is_build_unet(network)
+    assert unet._is_build_unet(build_unet(16, 32, 3, filters=2, dropout=0.2, precision="bfloat16"))
+
+    def changed(**changes):
+        def change(layer):
+            config = layer.get_config()
+            return layer.__class__.from_config(config | changes.get(layer.name, {}))
+
+        return keras.models.clone_model(network, clone_function=change)
+
+    assert unet._is_build_unet(changed())
+    assert not unet._is_build_unet(changed(decoder_1_a={"activation": "tanh"}))
+    assert not unet._is_build_unet(changed(up_2={"interpolation": "bilinear"}))
+    outputs = keras.layers.Dropout(0.1, name="another")(network.output)
+    assert not unet._is_build_unet(keras.Model(network.input, outputs))
+
+
+def test_dropout_elsewhere_is_sampled_too():
+    """Two dropout layers, none of them after a bottleneck: the output is known by hand."""
+    inputs = keras.Input((4, 4, 1))
+    dropped = [keras.layers.Dropout(rate)(inputs) for rate in (0.5, 0.2)]
+    x = keras.layers.Concatenate()(dropped)
+    model = keras.Model(inputs, keras.layers.Conv2D(1, 1, kernel_initializer="ones")(x))
+    mean, variance = mc_dropout(model, np.ones((2, 4, 4, 1)), 400, seed=1)
+    # Inverted dropout of a one: mean 1, variance rate / (1 - rate); the two layers' masks are independent.
+    np.testing.assert_allclose(mean.mean(), 2, atol=0.05)
+    np.testing.assert_allclose(variance.mean(), 1 + 0.25, atol=0.1)
 
 
 def test_about_half_of_the_bottleneck_is_dropped(images):
@@ -143,6 +200,15 @@ def test_a_key_names_an_image_whatever_its_pixels(network, images):
     np.testing.assert_allclose(first, second, atol=1e-3)
     other, _ = mc_dropout(network, images, 3, seed=5, keys=[17, 18, 19, 20, 21])
     assert np.abs(first - other).max() > 1e-3
+
+
+def test_uint8_images_are_normalised_on_the_way(network):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (2, *network.input_shape[1:]), np.uint8)
+    mean, std = [100.0, 120.0, 90.0][: pixels.shape[-1]], 50.0
+    expected = mc_dropout(network, (pixels - np.float32(mean)) / std, 3, seed=5, keys=[1, 2])
+    found = mc_dropout(network, pixels, 3, seed=5, keys=[1, 2], mean=mean, std=std)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_seeds_and_images_have_dropout_masks_of_their_own(network, images):
