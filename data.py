@@ -40,8 +40,8 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  #
 class Pair(NamedTuple):
     id: str
     part: str
-    image: Path
-    mask: Path
+    image: str  # the paths: 100,000 Path objects would take more memory than all else
+    mask: str
 
 
 def find_pairs(source):
@@ -74,14 +74,15 @@ def find_pairs(source):
 
 def _files_by_id(source, folder, pattern):
     files = {}
-    for path in sorted([*source.glob(f"{folder}/*"), *source.glob(f"*/{folder}/*")]):
-        match = re.fullmatch(pattern, path.name, re.IGNORECASE)
-        if not match:
-            continue
-        id = match[1].upper()
-        if id in files:
-            raise UserError(f"{files[id]} and {path} are both for {id}: remove one of them")
-        files[id] = path
+    for found in sorted([*source.glob(folder), *source.glob(f"*/{folder}")]):
+        for name in sorted(os.listdir(found)) if found.is_dir() else []:
+            match = re.fullmatch(pattern, name, re.IGNORECASE)
+            if not match:
+                continue
+            id, path = match[1].upper(), os.path.join(found, name)
+            if id in files:
+                raise UserError(f"{files[id]} and {path} are both for {id}: remove one of them")
+            files[id] = path
     return files
 
 
@@ -116,19 +117,23 @@ def read_mask(path, height, width):
     """
     try:
         with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("L"))
+            picture.load()
+            picture = picture if picture.mode == "L" else picture.convert("L")  # it would copy many megapixels
     except UNREADABLE as error:
         raise UserError(f"{path}: not a readable picture ({error}); get or export it again")
-    if pixels.max() == 1:
-        pixels = pixels * np.uint8(255)
-    grey = np.mean((pixels > 15) & (pixels < 240))
+    counts = np.array(picture.histogram())
+    grey = counts[16:240].sum() / counts.sum()
     if grey > 0.02:
         raise UserError(f"{path}: not a mask, {grey:.0%} of it is neither black nor white; save it as 0 and 255")
-    picture = Image.fromarray(np.where(pixels > 127, np.uint8(255), np.uint8(0)))
-    small = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR)) > 127
+    (values,) = np.nonzero(counts)
+    if set(values) - {0, 255}:
+        threshold = 0 if values[-1] == 1 else 127
+        picture = picture.point([255 * (value > threshold) for value in range(256)])
+    # Averaging blocks of pixels first: a mask of many megapixels would take longer to resize than to read.
+    small = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3)) > 127
     if not small.any():
         raise UserError(f"{path}: the mask is empty at {height}x{width}; draw the lesion or remove the pair")
-    return small.astype(np.uint8), pixels.shape
+    return small.astype(np.uint8), picture.size[::-1]
 
 
 def read_pair(pair, height, width, channels):
@@ -280,18 +285,21 @@ def write_dataset(out, rows, count, height, width, channels, source, force=False
         raise UserError(f"{out.parent} has {free / 1e6:.0f} MB free and {out.name} needs {needed / 1e6:.0f} MB")
     with whole_file(out) as partial:
         _reserve(partial, needed, out)
-        with h5py.File(partial, "w") as file:
-            images = (count, height, width, channels)
-            file.create_dataset("images", images, "uint8", chunks=(1, *images[1:]))
-            file.create_dataset("masks", images[:3], "uint8", chunks=(1, *images[1:3]))
-            file.create_dataset("ids", count, h5py.string_dtype())
-            file.create_dataset("part", count, h5py.string_dtype())
-            file.create_dataset("original_sizes", (count, 2), "int32")
+        with h5py.File(partial, "w", libver="v110") as file:  # its index of many chunks is small
+            shape = (count, height, width, channels)
+            images = file.create_dataset("images", shape, "uint8", chunks=(1, *shape[1:]))
+            masks = file.create_dataset("masks", shape[:3], "uint8", chunks=(1, *shape[1:3]))
+            ids, parts, sizes = [], [], np.empty((count, 2), "int32")
+            for n, row in enumerate(track(rows, f"writing {out.name}", count)):
+                images[n], masks[n] = row.image, row.mask
+                ids.append(row.id)
+                parts.append(row.part)
+                sizes[n] = row.original_size
+            file.create_dataset("ids", data=ids, dtype=h5py.string_dtype())
+            file.create_dataset("part", data=parts, dtype=h5py.string_dtype())
+            file.create_dataset("original_sizes", data=sizes)
             file.attrs.update(source=str(source), height=height, width=width, channels=channels)
             file.attrs["layout_version"] = LAYOUT_VERSION
-            for n, row in enumerate(track(rows, f"writing {out.name}", count)):
-                file["ids"][n], file["part"][n], file["original_sizes"][n] = row.id, row.part, row.original_size
-                file["images"][n], file["masks"][n] = row.image, row.mask
         with Dataset(partial) as written:
             if len(set(written.ids)) < count or not written.masks([count - 1]).any():
                 raise UserError(f"{out}: what was written does not read back; check the disk and try again")

@@ -233,21 +233,23 @@ class Trainer:
         """The network's input for these positions: float32 (n, H, W, C)."""
         return normalise(self.dataset.images(positions), self.mean, self.std)
 
-    def fit(self, positions, labels, iteration):
-        """Train on these images with their labels, a list of (H, W) in [0, 1]: the initial training, augmented, if
+    def batches(self, positions, labels, iteration):
+        """An epoch's `training_batches` of these images with their labels, a list of (H, W) in [0, 1]; augmented if
         iteration is 0. Images are read from the data file batch by batch, so that memory does not limit their number.
         """
-        config = self.config
-        seed = derived_seed(config.seed, iteration, "training")
-        augment, epochs = None, config.active_epochs
-        if iteration == 0:
-            augment, epochs = augmentation(config, seed), config.initial_epochs
 
         def read(numbers):
             targets = np.stack([labels[n] for n in numbers], dtype=np.float32)[..., None]
             return self.images(positions[numbers]), targets
 
-        batches = training_batches(read, len(positions), config.batch_size, seed, augment)
+        seed = derived_seed(self.config.seed, iteration, "training")
+        augment = augmentation(self.config, seed) if iteration == 0 else None
+        return training_batches(read, len(positions), self.config.batch_size, seed, augment)
+
+    def fit(self, positions, labels, iteration):
+        """Train on these images with their labels: the initial training if iteration is 0."""
+        epochs = self.config.active_epochs if iteration else self.config.initial_epochs
+        batches = self.batches(positions, labels, iteration)
         steps = itertools.chain.from_iterable(itertools.repeat(batches, epochs))
         for batch in track(steps, f"iteration {iteration}: training steps", epochs * len(batches)):
             self.step(*share_out(self.model.distribute_strategy, *batch))

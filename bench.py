@@ -1,0 +1,398 @@
+"""How fast this program is on the machine at hand, and how much memory it takes: ratios within one run.
+
+    python bench.py                # the paper's network, 192x240, T = 20: under 10 minutes on 2 cores
+    python bench.py --quick        # fewer repetitions: under 2 minutes
+    python bench.py --preset quick --data datasets/isic2017_96x128.h5 --weights runs/NAME/iteration_09/model.weights.h5
+
+What is compared runs in turns (A B A B ...), and medians are taken, so that a machine's changing speed does not matter.
+Every line names what it must reach on 2 CPU cores at the paper's sizes, where there is such a number.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.stats import spearmanr
+
+import ceal
+import data
+import predict
+import train
+from train import tf
+from unet import PRECISIONS, build_unet, load_unet, mc_dropout, print_devices, save_unet, share_out
+from utils import UserError, map_in_order, run_command, segmentation_metrics, track, whole_file
+
+SMALL = (64, 80, 1)  # the size of images where only their number matters
+MEGAPIXELS = [(2000, 3000), (2448, 3264), (3000, 4000), (4000, 6000)]  # 6, 8, 12 and 24
+
+
+def in_turns(functions, rounds):
+    """Median seconds of each function of a dict, run in turns after a first turn that does not count."""
+    seconds = {name: [] for name in functions}
+    for turn in track(range(rounds + 1), ", ".join(functions)):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def row(what, value, unit, target=""):
+    """A line of the table, printed at once; also as a dict."""
+    print(f"| {what} | {value:.4g} {unit} | {target} |", flush=True)
+    return {"what": what, "value": value, "unit": unit, "target": target}
+
+
+# ------------------------------------------------------------------------------------------------ Monte Carlo dropout
+
+
+def multiplications(model, passes):
+    """How many the fast sampler makes for all passes of an image."""
+    total = 0
+    for layer in model.layers:
+        if not hasattr(layer, "kernel"):
+            continue
+        part, level, letter = f"{layer.name}__".split("_")[:3]
+        pixels = np.prod(layer.output.shape[1:3])
+        height, width, inputs, outputs = layer.kernel.shape
+        if (part, letter) == ("decoder", "a"):
+            skip = model.get_layer(f"encoder_{level}_b").filters
+            # A pixel of the large map sees 3x3 pixels of the skip connection, once, and 2x2 of the small map.
+            total += pixels * outputs * (9 * skip + passes * 4 * (inputs - skip))
+        else:
+            total += pixels * height * width * inputs * outputs * (passes if part in ("decoder", "probability") else 1)
+    return int(total)
+
+
+def bench_sampler(config, batch, rounds):
+    """The published way, the batched whole network and the fast sampler, and the machine's matrix product."""
+    passes, side = config.passes, 4096
+    precisions = [name for name in PRECISIONS if name != "float16" or tf.config.list_physical_devices("GPU")]
+    models = {name: build_unet(*batch.shape[1:], config.filters, precision=name) for name in precisions}
+    network, matrix = models["float32"], tf.random.normal((side, side))
+    inputs = data.normalise(batch, 128, 50)
+    whole = tf.function(lambda x: network(x, training=False))
+    product = tf.function(lambda a: tf.matmul(a, a))
+    functions = {
+        "published": lambda: [network.predict(inputs[n : n + 1], verbose=0) for n in range(4)],
+        "whole": lambda: whole(inputs).numpy(),
+        "matmul": lambda: product(matrix)[0, 0].numpy(),
+    }
+    for name, model in models.items():
+        functions[name] = lambda model=model: mc_dropout(model, batch, passes, seed=1, mean=128, std=50)
+    seconds = in_turns(functions, rounds)
+    seconds = {
+        name: value / {"published": 4, "whole": len(batch)}.get(name, len(batch) * passes)
+        for name, value in seconds.items()
+    }
+    peak = 2 * side**3 / (seconds["matmul"] * len(batch) * passes)
+    reached = 2 * multiplications(network, passes) / passes / seconds["float32"]
+
+    rows = [
+        row("the published way, one `predict` per image and pass", 1000 * seconds["published"], "ms a pass"),
+        row(f"the whole network on a batch of {len(batch)}", 1000 * seconds["whole"], "ms a pass"),
+    ]
+    for name in precisions:
+        target = {"float32": "4.5", "bfloat16": "8"}.get(name, "")
+        rows.append(row(f"fast sampler, {name}", 1000 * seconds[name], "ms a pass"))
+        rows.append(row("... against the published way", seconds["published"] / seconds[name], "times", target))
+    return [
+        *rows,
+        row("fast sampler, float32, against the whole network", seconds["whole"] / seconds["float32"], "times", "2.5"),
+        row("matrix product of 4096x4096, float32", peak / 1e9, "GFLOP/s"),
+        row("fast sampler's arithmetic, float32, against that", 100 * reached / peak, "%", "70 %"),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- scoring and training
+
+
+def bench_scoring(trainer, count, rounds):
+    """Scoring a pool from its file, against its passes alone on images already in memory."""
+    pool = ceal.Pool([], [], np.arange(count), [])
+    images, passes = trainer.dataset.images(pool.unlabelled), trainer.config.passes
+    normalisation = {"mean": trainer.mean, "std": trainer.std}
+
+    def alone():
+        mc_dropout(trainer.model, images, passes, seed=1, keys=pool.unlabelled, **normalisation)
+
+    seconds = in_turns({"scoring": lambda: trainer.score(pool, 1), "passes alone": alone}, rounds)
+    beside = 100 * (seconds["scoring"] / seconds["passes alone"] - 1)
+    return [
+        row("scoring a pool, a second", count / seconds["scoring"], "images"),
+        row("scoring time beside the passes", beside, "%", "below 5 %"),
+    ]
+
+
+def bench_training(trainer, steps, rounds):
+    """Training with augmentation from the file, against the same compiled step on one batch already in memory."""
+    size, strategy = trainer.config.batch_size, trainer.model.distribute_strategy
+    positions = np.arange(size * (steps + 1)) % len(trainer.dataset)
+    batches = iter(trainer.batches(positions, list(trainer.dataset.masks(positions)), 0).repeat())
+    constant = next(batches)
+
+    def train_on(some):
+        for batch in some:
+            trainer.step(*share_out(strategy, *batch))
+        trainer.model.get_weights()  # a GPU has ended its work then
+
+    functions = {
+        "training": lambda: train_on(next(batches) for _ in range(steps)),
+        "bare step": lambda: train_on([constant] * steps),
+    }
+    seconds = in_turns(functions, rounds)
+    return [
+        row("training, a second", size * steps / seconds["training"], "images"),
+        row("training against its bare step", 100 * seconds["bare step"] / seconds["training"], "%", "95 %"),
+    ]
+
+
+def bench_precision(path, dataset, count, passes):
+    """What half precision does to the scores and the Dice of trained weights, against float32."""
+    positions = np.flatnonzero(dataset.part == "train")[:count]
+    images, masks, found = dataset.images(positions), dataset.masks(positions), {}
+    for name in PRECISIONS:
+        model, settings = load_unet(path, name)
+        if model.input_shape[1:] != images.shape[1:]:
+            raise UserError(f"{path} is for images of another size than {dataset.path} holds")
+        normalisation = {key: settings[key] for key in ("mean", "std")}
+        mean, variance = mc_dropout(model, images, passes, seed=1, keys=positions, **normalisation)
+        scores = [ceal.uncertainty_score(v, m) for v, m in zip(variance, mean)]
+        found[name] = scores, segmentation_metrics(masks, mean > 0.5)["dice"].mean()
+    rows = []
+    for name in list(PRECISIONS)[1:]:
+        rank = spearmanr(found["float32"][0], found[name][0]).statistic
+        rows.append(row(f"{name}: rank correlation of {len(positions)} scores with float32's", rank, ""))
+        rows.append(
+            row(f"{name}: Dice of the mean of the passes minus float32's", found[name][1] - found["float32"][1], "")
+        )
+    return rows
+
+
+# -------------------------------------------------------------------------------------------- reading and predicting
+
+
+def write_photographs(folder, sizes):
+    """Lesions as JPEG files of these (height, width) with their masks, in the challenge's layout."""
+    images, masks = folder / "ISIC-2017_Training_Data", folder / "ISIC-2017_Training_Part1_GroundTruth"
+    images.mkdir(parents=True)
+    masks.mkdir()
+    for n, (height, width) in enumerate(sizes):
+        rng = np.random.default_rng(n)
+        small, mask = data.draw_lesion(rng, height // 4, width // 4)
+        large = np.asarray(Image.fromarray(small).resize((width, height)))
+        grain = rng.integers(0, 12, (height, width, 1), np.uint8)  # a JPEG without any would be too easy
+        Image.fromarray(np.minimum(large, 243) + grain).save(images / f"ISIC_{n:07d}.jpg", quality=92)
+        mask = Image.fromarray(mask * 255).resize((width, height), Image.Resampling.NEAREST)
+        mask.save(masks / f"ISIC_{n:07d}_segmentation.png")
+    return images
+
+
+def exhaust(items):
+    """Go through all of an iterator."""
+    for _ in items:
+        pass
+
+
+def bench_reading(folder, rounds):
+    """`data.py isic` on photographs of 6 to 24 megapixels, against decoding alone: the images at reduced scale."""
+    write_photographs(folder, MEGAPIXELS)
+    pairs, size = data.find_pairs(folder) * 6, (192, 240, 1)
+    pairs = [pair._replace(id=f"BENCH_{n:07d}") for n, pair in enumerate(pairs)]
+
+    def decode(pair):
+        with Image.open(pair.image) as image, Image.open(pair.mask) as mask:
+            image.draft("L", size[1::-1])
+            image.load()
+            mask.load()
+
+    def read():
+        rows = map_in_order(lambda pair: data.read_pair(pair, *size), pairs)
+        data.write_dataset(folder / "out.h5", rows, len(pairs), *size, "bench", force=True)
+
+    seconds = in_turns({"reading": read, "decoding alone": lambda: exhaust(map_in_order(decode, pairs))}, rounds)
+    return [
+        row("data.py isic on 6 to 24 megapixels, a second", len(pairs) / seconds["reading"], "pairs"),
+        row("data.py isic against decoding alone", 100 * seconds["decoding alone"] / seconds["reading"], "%", "80 %"),
+    ]
+
+
+def bench_predicting(config, size, folder, count, rounds):
+    """`predict.py` on a folder of photographs of 1.5 megapixels, against its slowest part alone."""
+    photographs = sorted(write_photographs(folder, [(1024, 1536)] * count).iterdir())
+    model = build_unet(*size, config.filters)
+    settings = dict(zip(("height", "width", "channels", "mean", "std"), (*size, 128.0, 50.0)))
+    pictures = [predict.read(path, settings) for path in photographs]
+    rows = list(predict.predict_batch(model, settings, pictures, 0))
+    functions = {
+        "predict.py": lambda: predict.predict_all(photographs, model, settings, folder / "out", 0, False),
+        "reading": lambda: exhaust(map_in_order(lambda path: predict.read(path, settings), photographs)),
+        "network": lambda: [predict.predict_batch(model, settings, some, 0) for some in predict.in_batches(pictures)],
+        "writing": lambda: exhaust(map_in_order(lambda row: predict.save_results(folder / "out", *row, False), rows)),
+    }
+    seconds = in_turns(functions, rounds)
+    total, slowest = seconds.pop("predict.py"), max(seconds, key=seconds.get)
+    return [
+        row("predict.py on 1.5 megapixels, a second", count / total, "images"),
+        row(f"... against its slowest part alone, {slowest}", total / seconds[slowest], "times", "at most 1.2"),
+    ]
+
+
+# ------------------------------------------------------------------------------------- memory and time against numbers
+
+
+# In a small process between, because Linux counts the memory of the one that starts another as that one's too.
+PEAK_MEMORY = """
+import os, subprocess, sys
+with open(os.devnull, "w") as nowhere:
+    process = subprocess.Popen(sys.argv[1:], stdout=nowhere, stderr=subprocess.PIPE)
+    error = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+print(usage.ru_maxrss if status == 0 else error.decode())
+sys.exit(status != 0)
+"""
+
+
+def peak_memory(script, *arguments):
+    """Run a script of this project in a process of its own; returns its peak memory in MB."""
+    command = [sys.executable, Path(__file__).with_name(script), *arguments]
+    command = [sys.executable, "-c", PEAK_MEMORY, *map(str, command)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{script} failed: {done.stdout}")
+    return int(done.stdout) / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def bench_pools(folder, counts):
+    """train.py with a tiny network on pools of different size: peak memory, and the time of scoring an image."""
+    drawn = [data.draw_row(n, 1, *SMALL) for n in range(20)]
+    options = (
+        "--filters 4 --passes 2 --initial 8 --test 8 --initial-epochs 1 --active-epochs 1 --iterations 1 --batch-size 4"
+    )
+    memory, seconds = [], []
+    for count in counts:
+        path, run = folder / f"{count}.h5", folder / f"run_{count}"
+        rows = (drawn[n % 20]._replace(id=f"BENCH_{n:07d}") for n in range(count + 16))
+        data.write_dataset(path, rows, count + 16, *SMALL, "bench")
+        memory.append(peak_memory("train.py", "--data", path, "--run", run, "--pool", count, *options.split()))
+        last = (run / "history.csv").read_text().splitlines()[-1].split(",")
+        seconds.append(float(last[train.HISTORY.index("seconds_scoring")]))
+    cost = np.diff(seconds) / np.diff(counts)  # of an image, whatever starting takes
+    return [
+        row(
+            f"train.py: memory, a pool of {counts[-1]:,} against {counts[0]:,}",
+            memory[-1] / memory[0],
+            "times",
+            "at most 1.05",
+        ),
+        row("... memory, the larger one", memory[-1], "MB"),
+        *(
+            row(f"... time to score an image, above {counts[1]:,} against below", c / cost[0], "times")
+            for c in cost[1:]
+        ),
+    ]
+
+
+def bench_folders(folder, counts):
+    """data.py and predict.py on folders of different size: peak memory."""
+    photograph, weights, memory = write_photographs(folder / "one", [(1024, 1536)]), folder / "x.weights.h5", {}
+    (image,), (mask,) = photograph.glob("*.jpg"), (folder / "one").glob("*/*.png")
+    save_unet(build_unet(*SMALL, filters=4), weights, [128.0], [50.0])
+    for count in counts:
+        source = folder / str(count)
+        for original, name in (image, "ISIC-2017_Training_Data"), (mask, "ISIC-2017_Training_Part1_GroundTruth"):
+            (source / name).mkdir(parents=True)
+            for n in range(count):
+                (source / name / original.name.replace("0000000", f"{n:07d}")).symlink_to(original)
+        memory["data.py isic", count] = peak_memory("data.py", "isic", source, folder / f"isic_{count}.h5")
+        arguments = source / "ISIC-2017_Training_Data", "--weights", weights, "--out", folder / f"masks_{count}"
+        memory["predict.py", count] = peak_memory("predict.py", *arguments)
+    few, many = counts
+    return [
+        row(
+            f"{name}: memory, {many:,} images against {few:,}",
+            memory[name, many] / memory[name, few],
+            "times",
+            "at most 1.05",
+        )
+        for name in ("data.py isic", "predict.py")
+    ]
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+
+def machine():
+    """What a reader needs to judge the figures by."""
+    try:
+        info = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"processor": processor, "cores": cores, "date": time.strftime("%Y-%m-%d"), **train.environment()}
+
+
+def draw_dataset(path, size, count):
+    """A data file of synthetic lesions."""
+    data.write_dataset(path, (data.draw_row(n, 1, *size) for n in range(count)), count, *size, "synthetic lesions")
+    return path
+
+
+def measure(args, config, folder):
+    """All rows of the table, in its order."""
+    size = {"paper": (192, 240, 1), "quick": (96, 128, 1), "demo": tuple(train.DEMO_SIZE.values())}[args.preset]
+    rounds, count = (1, 8) if args.quick else (3, 16)
+    with data.Dataset(args.data or draw_dataset(folder / "images.h5", size, count)) as dataset:
+        if len(dataset) < count:
+            raise UserError(f"{args.data} holds {len(dataset)} images, and at least {count} are needed")
+        size, images = (dataset.height, dataset.width, dataset.channels), dataset.images(np.arange(count))
+        rows = bench_sampler(config, images[:8], 1 if args.quick else 5)
+        trainer = train.Trainer(config, dataset, [128.0] * size[2], [50.0] * size[2])
+        rows += bench_scoring(trainer, count, rounds)
+        rows += bench_training(trainer, 1 if args.quick else 4, rounds)
+        if args.weights:
+            rows += bench_precision(args.weights, dataset, 100 if args.quick else 400, config.passes)
+    rows += bench_reading(folder / "reading", rounds)
+    rows += bench_predicting(config, size, folder / "predicting", count, rounds)
+    rows += bench_pools(folder, [100, 1000] if args.quick else [1000, 5000, 10000])
+    rows += bench_folders(folder, [100, 1000] if args.quick else [1000, 10000])
+    return rows
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="paper", choices=train.PRESETS, help="network and passes (default paper)")
+    parser.add_argument("--data", metavar="FILE", help="images to use, an HDF5 file of data.py (default: drawn ones)")
+    parser.add_argument("--weights", metavar="FILE", help="also measure half precision on these weights and --data")
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="write the table, and what it was measured on, there too"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller numbers")
+    args = parser.parse_args()
+    if args.weights and not args.data:
+        raise UserError("--weights needs --data: what it says about half precision holds for real images only")
+    print_devices()
+    about = machine()
+    print(f"{about['processor']}, {about['cores']} cores, {about['date']}\n")
+    print("| what | measured | to reach, preset paper |\n| --- | ---: | ---: |")
+    config = train.Config(**{**train.PRESETS[args.preset], "batch_size": 8})
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(args, config, Path(folder))
+    if args.json:
+        with whole_file(args.json) as partial:
+            partial.write_text(json.dumps({"machine": about, "table": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
