@@ -1,4 +1,4 @@
-.PHONY: demo test
+.PHONY: demo test faults
 .DELETE_ON_ERROR:
 
 PYTHON = .venv/bin/python
@@ -10,6 +10,9 @@ test: .venv/installed-dev  ## all tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(PYTHON) -m pytest
+
+faults: .venv/installed-dev  ## 100 kills of a run, about 20 minutes
+	KILLS=100 $(PYTHON) -m pytest tests/test_faults.py -s -k again_and_again
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv

@@ -102,6 +102,7 @@ def read_image(path, height, width, channels):
             # A JPEG decodes at 1/2, 1/4 or 1/8 of its size, in grey if asked: far less work, the same result.
             picture.draft(mode, (width, height))
             picture = ImageOps.exif_transpose(picture)
+            picture = picture.convert("RGBA") if "transparency" in picture.info else picture  # else Pillow warns
             pixels = np.asarray(picture.convert(mode).resize((width, height), Image.Resampling.BILINEAR))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file")

@@ -147,8 +147,10 @@ def main():
         "--precision", default="float32", choices=PRECISIONS, help="what the network computes in (default float32)"
     )
     args = parser.parse_args()
-    if args.passes < 1:
-        raise UserError(f"--passes {args.passes}: must be at least 1")
+    if not 1 <= args.passes < 2**31:
+        raise UserError(f"--passes {args.passes}: must be at least 1, and below 2**31")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"{args.out} is a file; give the name of a folder for the masks")
     images = find_images(args.inputs)
     print_devices()
     model, settings = load_unet(args.weights, args.precision)
@@ -159,7 +161,7 @@ def main():
     for error in bad:
         print(f"error: {error}", file=sys.stderr)
     print(f"{args.out}: {len(images) - len(bad)} masks" + (f"; {len(bad)} images could not be read" if bad else ""))
-    return 1 if bad else 0
+    return 2 if bad else 0
 
 
 if __name__ == "__main__":

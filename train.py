@@ -10,28 +10,45 @@ A run writes runs/NAME/ and nothing else: config.json, environment.json, history
 import argparse
 import dataclasses
 import importlib.metadata
-import itertools
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 import ceal
 from data import SPLIT_SEED, Dataset, draw_row, normalisation, normalise, split, write_dataset
-from unet import PRECISIONS, build_unet, dice_loss, keras, mc_dropout, print_devices, save_unet, share_out, tf
+from unet import (
+    PRECISIONS,
+    build_unet,
+    dice_loss,
+    keras,
+    load_unet,
+    mc_dropout,
+    print_devices,
+    save_unet,
+    share_out,
+    tf,
+)
 from utils import (
+    GROUPS,
     UserError,
     derived_seed,
     figure_examples,
     figure_history,
     figure_scores,
+    file_fingerprint,
+    locked,
     map_in_order,
+    read_csv,
     run_command,
     segmentation_metrics,
+    stopped_at_once,
     track,
     whole_file,
     whole_folder,
@@ -54,6 +71,9 @@ class Config:
     data: str = setting("datasets/isic2017.h5", "the HDF5 file that data.py made; auto: draw one into the run's folder")
     run: str = setting("auto", "the folder to write; auto: runs/PRESET-DATE-TIME")
     precision: str = setting("float32", "what the network computes in, for training and scoring", choices=PRECISIONS)
+    deterministic: str = setting(
+        "auto", "the same bits in every run, which a GPU is slower at; auto: on a CPU", choices=("auto", "yes", "no")
+    )
     devices: str = setting("one", "all: share every batch out among all GPUs", choices=("one", "all"))
     seed: int = setting(1, "the run's seed: weights, batches, augmentation, dropout, random choices", 0)
 
@@ -114,7 +134,8 @@ DEMO_SIZE = {"height": 64, "width": 80, "channels": 1}
 
 
 def read_config(arguments=None):
-    """The command line as a checked Config: the preset's settings, then those given."""
+    """The command line as a checked Config: of a run that is there already, its settings; else the preset's, then
+    those given. With --force the folder of an earlier run is moved aside."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
         special = [f"{name} {values[field.name]}" for name, values in PRESETS.items() if field.name in values]
@@ -127,7 +148,16 @@ def read_config(arguments=None):
             metavar=None if field.metadata["choices"] else field.type.__name__.upper(),
             help=f"{field.metadata['help']} ({defaults})",
         )
+    parser.add_argument("--force", action="store_true", help="start anew; an earlier run of this name is moved aside")
     given = vars(parser.parse_args(arguments))
+    force, run = given.pop("force"), Path(given.get("run", "auto"))
+    if force and run.exists():
+        aside = run.with_name(f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        with locked(run):
+            run.rename(aside)
+        print(f"{run} is now {aside}")
+    if (run / "config.json").exists():
+        return stored_config(run, given)
     config = Config(**{**PRESETS[given.get("preset", "paper")], **given})
     check(config)
     if config.run == "auto":
@@ -135,20 +165,45 @@ def read_config(arguments=None):
     return config
 
 
+def stored_config(run, given):
+    """The Config of an earlier start of this run. Raises UserError if a setting given now differs."""
+    path = run / "config.json"
+    try:
+        config = Config(**json.loads(path.read_text()))
+        check(config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: no settings of this version of train.py ({error}); give another --run")
+    config.run = str(run)
+    for name, value in given.items():
+        stored = getattr(config, name)
+        if name != "run" and value != stored and not (name == "data" and value == "auto"):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{option} {value}: {run} was begun with {stored}; leave it out to go on, or give another --run"
+            )
+    return config
+
+
 def check(config):
     """Raise UserError for settings that make no sense."""
     for field in dataclasses.fields(config):
         value, minimum = getattr(config, field.name), field.metadata["minimum"]
-        if minimum is not None and not minimum <= value < float("inf"):
-            raise UserError(f"--{field.name.replace('_', '-')} {value}: must be at least {minimum}, and finite")
+        if minimum is not None and not minimum <= value < 2**31:
+            raise UserError(f"--{field.name.replace('_', '-')} {value}: must be at least {minimum}, and below 2**31")
     if not 0 < config.dropout < 1:
         raise UserError(f"--dropout {config.dropout}: must lie between 0 and 1; without it there is no uncertainty")
     if config.learning_rate == 0:
         raise UserError("--learning-rate 0: nothing would be learned")
-    if config.width_shift > 1 or config.rotation > 180:
-        raise UserError("--width-shift is a share of the width, at most 1, and --rotation at most 180 degrees")
+    if config.width_shift > 1:
+        raise UserError(f"--width-shift {config.width_shift}: is a share of the width, at most 1")
+    if config.rotation > 180:
+        raise UserError(f"--rotation {config.rotation}: must be at most 180 degrees")
     if config.iterations and not config.no_detection + config.most_uncertain + config.random:
         raise UserError("--no-detection, --most-uncertain and --random are all 0: the oracle would not be asked")
+    if config.iterations and config.no_detection + config.most_uncertain + config.random > config.pool:
+        raise UserError(
+            f"--pool {config.pool}: fewer images than --no-detection, --most-uncertain and --random ask for"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -166,32 +221,31 @@ def augmentation(config, seed):
     )
 
 
-def training_batches(read, count, batch_size, seed, augment=None):
-    """A tf.data.Dataset of one epoch's batches of `count` examples, shuffled anew each time that it is gone through.
+def training_batches(read, first, last, augment=None):
+    """A tf.data.Dataset of the batches `first` to `last` - 1, each made while the step before is computed.
 
-    read: example numbers, int64 (b,) -> images, float32 (b, H, W, C), normalised, and targets, float32 (b, H, W, 1)
-    in [0, 1]; it is called while the step before is computed. With `augment` (a Keras layer) image and mask are moved
-    together, the mask being one more channel of the image while they move.
+    read: the number of a batch -> images, float32 (b, H, W, C), normalised, and targets, float32 (b, H, W, 1) in
+    [0, 1]. With `augment` (a keras.Sequential) image and mask are moved together, the mask being one more channel of
+    the image while they move. How depends on the batch's number alone, not on where the training began.
     """
-    shapes = [(None, *array.shape[1:]) for array in read(np.arange(1))]
+    shapes = [(None, *array.shape[1:]) for array in read(first)]
 
-    def batch(numbers):
-        pictures, masks = map(tf.ensure_shape, tf.numpy_function(read, [numbers], (tf.float32, tf.float32)), shapes)
+    def batch(number):
+        pictures, masks = map(tf.ensure_shape, tf.numpy_function(read, [number], (tf.float32, tf.float32)), shapes)
         if augment:
+            for layer in augment.layers:
+                restart(layer.generator, layer.seed, 100 * number)  # a layer may draw several times
             moved = augment(tf.concat([pictures, masks], -1), training=True)
             pictures, masks = moved[..., :-1], tf.round(moved[..., -1:])
         return pictures, masks
 
-    def in_batches(order):
-        parts = tf.data.Dataset.range(steps)
-        return parts.map(lambda step: order[step * count // steps : (step + 1) * count // steps])
-
-    # The sizes of batches differ by one at most: no step on a few images, and a share for every device.
-    steps = -(-count // batch_size)
-    order = tf.data.Dataset.range(count).shuffle(count, seed=seed).batch(count)
     # The layers' random state makes the map sequential; its operations use all cores.
-    batches = order.flat_map(in_batches).map(batch).prefetch(2)
-    return batches.apply(tf.data.experimental.assert_cardinality(steps))
+    return tf.data.Dataset.range(first, last).map(batch).prefetch(2)
+
+
+def restart(generator, seed, number):
+    """Let a keras.random.SeedGenerator go on from these two."""
+    generator.state.assign(tf.cast(tf.stack([tf.cast(seed, tf.int64), number]), generator.state.dtype))
 
 
 def training_step(model):
@@ -227,32 +281,54 @@ class Trainer:
             self.model.compile(keras.optimizers.Adam(config.learning_rate), dice_loss, jit_compile=jit_compile)
             self.model.optimizer.build(self.model.trainable_variables)
         self.step = training_step(self.model)
+        run = Path(config.run)
+        self.checkpoint, self.record = Checkpoint(self.model, run), run / ".scoring.jsonl"
+        self.leftovers = self.checkpoint.path, self.record  # of no use after the iteration
         self.chunk = 16 * strategy.num_replicas_in_sync  # images that are scored at a time
 
     def images(self, positions):
         """The network's input for these positions: float32 (n, H, W, C)."""
         return normalise(self.dataset.images(positions), self.mean, self.std)
 
-    def batches(self, positions, labels, iteration):
-        """An epoch's `training_batches` of these images with their labels, a list of (H, W) in [0, 1]; augmented if
-        iteration is 0. Images are read from the data file batch by batch, so that memory does not limit their number.
-        """
+    def steps(self, positions, iteration):
+        """The number of training steps in an epoch and in the whole training of this iteration."""
+        epoch = -(-len(positions) // self.config.batch_size)
+        return epoch, epoch * (self.config.active_epochs if iteration else self.config.initial_epochs)
 
-        def read(numbers):
+    def batches(self, positions, labels, iteration, first=0):
+        """The `training_batches` from number `first` on of these images with their labels, a list of (H, W) in
+        [0, 1]; augmented if iteration is 0. Each epoch has an order of its own, and its batches differ in size by one
+        at most: no step on a few images, and a share for every device. Images are read from the data file batch by
+        batch, so that memory does not limit their number."""
+        seed, count = derived_seed(self.config.seed, iteration, "training"), len(positions)
+        epoch_steps, last = self.steps(positions, iteration)
+
+        def read(number):
+            epoch, step = divmod(int(number), epoch_steps)
+            order = np.random.default_rng(derived_seed(seed, epoch)).permutation(count)
+            numbers = order[step * count // epoch_steps : (step + 1) * count // epoch_steps]
             targets = np.stack([labels[n] for n in numbers], dtype=np.float32)[..., None]
             return self.images(positions[numbers]), targets
 
-        seed = derived_seed(self.config.seed, iteration, "training")
-        augment = augmentation(self.config, seed) if iteration == 0 else None
-        return training_batches(read, len(positions), self.config.batch_size, seed, augment)
+        return training_batches(read, first, last, None if iteration else augmentation(self.config, seed))
+
+    def load(self, path):
+        """Go on from the weights, and the optimizer's state, that an iteration left."""
+        load_unet(path)  # which says what is wrong with the file
+        self.model.load_weights(path)
 
     def fit(self, positions, labels, iteration):
-        """Train on these images with their labels: the initial training if iteration is 0."""
-        epochs = self.config.active_epochs if iteration else self.config.initial_epochs
-        batches = self.batches(positions, labels, iteration)
-        steps = itertools.chain.from_iterable(itertools.repeat(batches, epochs))
-        for batch in track(steps, f"iteration {iteration}: training steps", epochs * len(batches)):
+        """Train on these images with their labels: the initial training if iteration is 0. A training that was
+        interrupted goes on from its Checkpoint."""
+        dropout = self.model.get_layer("dropout").seed_generator
+        dropout_seed = derived_seed(self.config.seed, iteration, "dropout")
+        first, (_, last) = self.checkpoint.load(iteration), self.steps(positions, iteration)
+        batches = self.batches(positions, labels, iteration, first)
+        steps = track(batches, f"iteration {iteration}: training steps", last - first)
+        for number, batch in enumerate(steps, first):
+            restart(dropout, dropout_seed, number)
             self.step(*share_out(self.model.distribute_strategy, *batch))
+            self.checkpoint.save_now_and_then(iteration, number + 1)
 
     def uncertainty(self, positions, iteration, images=None):
         """Mean and variance of the iteration's Monte Carlo passes: float32 (n, H, W) each. images: the data set's at
@@ -261,11 +337,12 @@ class Trainer:
         seed = derived_seed(self.config.seed, iteration, "passes")
         return mc_dropout(self.model, images, self.config.passes, seed, keys=positions, mean=self.mean, std=self.std)
 
-    def score(self, pool, iteration):
+    def score(self, pool, iteration, record=None):
         """Score and Dice of each unlabelled image of the ceal.Pool: float64 (n,) both, in the order of
         `pool.unlabelled`. The prediction that both rest on is the mean of the passes.
 
-        A chunk's images are read before, and its maps rated after, while other chunks are in the network."""
+        A chunk's images are read before, and its maps rated after, while other chunks are in the network. record: a
+        file that takes what has been scored, so that a scoring that was interrupted goes on."""
 
         def read(positions):
             return positions, self.dataset.images(positions)
@@ -273,13 +350,18 @@ class Trainer:
         def rate(maps):
             positions, mean, variance = maps
             scores = [ceal.uncertainty_score(v, m, self.config.distance) for v, m in zip(variance, mean)]
-            return scores, segmentation_metrics(self.dataset.masks(positions), mean > 0.5)["dice"]
+            return scores, segmentation_metrics(self.dataset.masks(positions), mean > 0.5)["dice"].tolist()
 
-        chunks = in_chunks(pool.unlabelled, self.chunk)
+        done = read_record(record, iteration)
+        chunks = in_chunks(pool.unlabelled, self.chunk)[len(done) :]
         pictures = map_in_order(read, chunks, workers=1)
         maps = ((positions, *self.uncertainty(positions, iteration, images)) for positions, images in pictures)
-        rated = track(map_in_order(rate, maps), f"iteration {iteration}: scoring the pool", len(chunks))
-        scores, dice = (np.concatenate(values) for values in zip(*rated))
+        for rated in track(map_in_order(rate, maps), f"iteration {iteration}: scoring the pool", len(chunks)):
+            done.append(rated)
+            if record:
+                with open(record, "a") as file:
+                    file.write(json.dumps([iteration, *rated]) + "\n")
+        scores, dice = (np.concatenate(values) for values in zip(*done))
         return scores, dice
 
     def evaluate(self, positions):
@@ -292,6 +374,57 @@ class Trainer:
         if max(lesion) == 0 or min(lesion) == 1:
             print(f"warning: the network calls every pixel {'skin' if max(lesion) == 0 else 'lesion'}: it collapsed")
         return {name: float(np.concatenate([m[name] for m in metrics]).mean()) for name in metrics[0]}
+
+
+def read_record(record, iteration):
+    """The (scores, Dice) of each chunk of this iteration in a file of `Trainer.score`, up to where it breaks off; the
+    file is cut there, and emptied if it is of another iteration."""
+    chunks, end = [], 0
+    if record is None or not record.exists():
+        return chunks
+    with open(record, "r+b") as file:
+        for line in file:
+            try:
+                found, *rated = json.loads(line)
+            except ValueError:
+                break
+            if found != iteration or not line.endswith(b"\n"):
+                break
+            chunks.append(rated)
+            end += len(line)
+        file.truncate(end)
+    return chunks
+
+
+class Checkpoint:
+    """A training under way, in a file of the run's folder: the network, the optimizer and the steps done."""
+
+    EVERY = 60  # seconds: what a crash costs at most
+
+    def __init__(self, model, run):
+        self.model, self.path, self.saved = model, run / ".training.weights.h5", time.monotonic()
+
+    def save_now_and_then(self, iteration, steps):
+        """Save if the last time is long ago."""
+        if time.monotonic() - self.saved > self.EVERY:
+            with whole_file(self.path) as partial:
+                self.model.save_weights(partial)
+                with h5py.File(partial, "a") as file:
+                    file.attrs.update(iteration=iteration, steps=steps)
+            self.saved = time.monotonic()
+
+    def load(self, iteration):
+        """Put the model where this iteration's training was; returns the steps done, 0 if there is no such file."""
+        self.saved = time.monotonic()
+        try:
+            with h5py.File(self.path) as file:
+                found, steps = file.attrs["iteration"], int(file.attrs["steps"])
+        except FileNotFoundError:
+            return 0
+        if found != iteration:
+            return 0
+        self.model.load_weights(self.path)
+        return steps
 
 
 def in_chunks(positions, size):
@@ -309,31 +442,72 @@ HISTORY = ["iteration", "annotations", "pseudo_labels", *METRICS, "seconds_scori
 def run_loop(config, dataset, parts, run):
     """The initial training, then score -> query -> pseudo-label -> train -> evaluate, each iteration in its folder.
 
-    Returns the rows of history.csv, a list of dict."""
+    Iterations whose folders are there already are taken from them. Returns the rows of history.csv, a list of dict."""
     mean, std = normalisation(dataset, np.concatenate([parts.initial, parts.pool]))
     trainer = Trainer(config, dataset, mean, std)
     oracle = ceal.SimulatedOracle(dataset.masks)
     pool = ceal.Pool(parts.initial, oracle.annotate(parts.initial), parts.pool, parts.test)
-    history = []
-    for iteration in range(config.iterations + 1):
+    history = finished_iterations(run, dataset, pool, oracle)
+    if history:
+        last = run / f"iteration_{len(history) - 1:02d}" / "model.weights.h5"
+        trainer.load(last)
+        print(f"{len(history)} iterations are done already, up to {last.parent}", flush=True)
+        write_history(history, run)
+    for iteration in range(len(history), config.iterations + 1):
         if not len(pool.unlabelled):
             print(f"the pool is empty: the run ends before iteration {iteration}")
             break
         with whole_folder(run / f"iteration_{iteration:02d}") as folder:
-            pseudo, pseudo_labels, seconds_scoring = [], [], 0.0
-            if iteration:
-                pseudo, pseudo_labels, seconds_scoring = query(trainer, pool, oracle, iteration, folder)
-            started = time.monotonic()
-            trainer.fit(*pool.training_set(pseudo, pseudo_labels), iteration)
-            seconds_training = time.monotonic() - started
-            save_unet(trainer.model, folder / "model.weights.h5", mean, std)
-            metrics = trainer.evaluate(pool.test)
-        counts = iteration, pool.annotations, len(pseudo)
-        seconds = f"{seconds_scoring:.1f}", f"{seconds_training:.1f}"
-        history.append(dict(zip(HISTORY, [*counts, *(f"{metrics[m]:.6f}" for m in METRICS), *seconds])))
-        write_csv(run / "history.csv", HISTORY, [row.values() for row in history])
-        figure_history(history, run / "dice.png")
+            history.append(run_iteration(trainer, pool, oracle, iteration, folder))
+        for leftover in trainer.leftovers:
+            leftover.unlink(missing_ok=True)
+        write_history(history, run)
         print_iteration(history[-1])
+    return history
+
+
+def run_iteration(trainer, pool, oracle, iteration, folder):
+    """One iteration, written to `folder`; returns its row of history.csv, a dict."""
+    pseudo, pseudo_labels, seconds_scoring = [], [], 0.0
+    if iteration:
+        pseudo, pseudo_labels, seconds_scoring = query(trainer, pool, oracle, iteration, folder)
+    started = time.monotonic()
+    trainer.fit(*pool.training_set(pseudo, pseudo_labels), iteration)
+    seconds_training = time.monotonic() - started
+    save_unet(trainer.model, folder / "model.weights.h5", trainer.mean, trainer.std)
+    metrics = trainer.evaluate(pool.test)
+    counts = iteration, pool.annotations, len(pseudo)
+    seconds = f"{seconds_scoring:.1f}", f"{seconds_training:.1f}"
+    row = dict(zip(HISTORY, [*counts, *(f"{metrics[m]:.6f}" for m in METRICS), *seconds]))
+    write_csv(folder / "history.csv", HISTORY, [row.values()])
+    return row
+
+
+def write_history(history, run):
+    """history.csv and its figure."""
+    write_csv(run / "history.csv", HISTORY, [row.values() for row in history])
+    figure_history(history, run / "dice.png")
+
+
+def finished_iterations(run, dataset, pool, oracle):
+    """The rows of history.csv of the iterations whose folders are there; their annotations go to the ceal.Pool.
+
+    Raises UserError if a folder does not hold what it should."""
+    positions, history = {id: position for position, id in enumerate(dataset.ids)}, []
+    while (folder := run / f"iteration_{len(history):02d}").is_dir():
+        try:
+            (row,) = read_csv(folder / "history.csv")
+            queries = read_csv(folder / "queries.csv") if history else []
+            queried = np.array([positions[q["id"]] for q in queries if q["group"] != "pseudo"], int)
+            pool.annotate(queried, oracle.annotate(queried))
+            expected = len(history), pool.annotations, sum(q["group"] == "pseudo" for q in queries)
+            if tuple(int(row[name]) for name in HISTORY[:3]) != expected or {q["group"] for q in queries} - set(GROUPS):
+                raise ValueError("queries are missing")
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{folder}: not as train.py wrote it ({error}); move it and all later ones away to do them anew"
+            )
+        history.append(row)
     return history
 
 
@@ -345,7 +519,7 @@ def query(trainer, pool, oracle, iteration, folder):
     """
     config, dataset, started = trainer.config, trainer.dataset, time.monotonic()
     candidates = pool.unlabelled
-    scores, dice = trainer.score(pool, iteration)
+    scores, dice = trainer.score(pool, iteration, trainer.record)
     seconds = time.monotonic() - started
 
     rng = np.random.default_rng(derived_seed(config.seed, iteration, "queries"))
@@ -387,10 +561,10 @@ def open_dataset(config):
     path = Path(config.data)
     if config.data == "auto":
         path = Path(config.run, "synthetic.h5")
-        config.data = str(path)
         size, count = DEMO_SIZE.values(), config.initial + config.pool + config.test
         rows = (draw_row(index, config.split_seed, *size) for index in range(count))
-        write_dataset(path, rows, count, *size, "synthetic lesions")
+        if not path.exists():
+            write_dataset(path, rows, count, *size, "synthetic lesions")
     elif not path.exists():
         size = " --height 96 --width 128" if config.preset == "quick" else ""
         raise UserError(
@@ -446,23 +620,52 @@ def environment():
     }
 
 
+def begin(config, dataset, run):
+    """Write config.json and environment.json, or, where an earlier start did, see that the data are the same."""
+    fingerprint, path = file_fingerprint(dataset.path), run / "environment.json"
+    if (run / "config.json").exists():
+        stored = json.loads(path.read_text()).get("data_fingerprint")
+        if stored != fingerprint:
+            raise UserError(
+                f"{dataset.path} is not the file that {run} was begun with; put that back, or give another --run"
+            )
+        return
+    for name, content in (
+        ("environment", {**environment(), "data_fingerprint": fingerprint}),
+        ("config", dataclasses.asdict(config)),
+    ):
+        with whole_file(run / f"{name}.json") as partial:
+            partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def main():
     """The command line."""
     config = read_config()
     run = Path(config.run)
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise UserError(f"{run} exists already: give another --run, or move it away")
-    print_devices()
-    with open_dataset(config) as dataset:
-        parts = split(dataset, config.initial, config.pool, config.test, config.split_seed)
-        print_plan(config, dataset, parts)
-        for name, content in ("config", dataclasses.asdict(config)), ("environment", environment()):
-            with whole_file(run / f"{name}.json") as partial:
-                partial.write_text(json.dumps(content, indent=2) + "\n")
-        history = run_loop(config, dataset, parts, run)
-    last = run / f"iteration_{history[-1]['iteration']:02d}"
+    if run.exists() and not (run / "config.json").exists() and not (run.is_dir() and only_ours(run)):
+        raise UserError(f"{run} exists already and is no run: give another --run, or move it away")
+    go_on = f"go on with: python train.py --run {run}"
+    with locked(run), stopped_at_once(go_on):
+        print_devices()
+        if config.deterministic == "yes" or (
+            config.deterministic == "auto" and not tf.config.list_physical_devices("GPU")
+        ):
+            tf.config.experimental.enable_op_determinism()
+        for leftover in run.glob(".partial-*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        with open_dataset(config) as dataset:
+            parts = split(dataset, config.initial, config.pool, config.test, config.split_seed)
+            print_plan(config, dataset, parts)
+            begin(config, dataset, run)
+            history = run_loop(config, dataset, parts, run)
+    last = run / f"iteration_{history[-1]['iteration']:0>2}"
     print(f"done: {run}/history.csv and {run}/dice.png hold the result, {last}/ the choices and their figures")
     print(f"masks for your own images: python predict.py IMAGES --weights {last}/model.weights.h5 --out masks")
+
+
+def only_ours(run):
+    """Whether nothing is in the folder but what a start leaves that was killed before it had written config.json."""
+    return all(path.name in ("synthetic.h5", "environment.json") or path.name.startswith(".") for path in run.iterdir())
 
 
 if __name__ == "__main__":

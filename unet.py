@@ -330,8 +330,10 @@ def load_unet(path, precision="float32"):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # Keras only warns of layers that it does not find in the file
             model.load_weights(path)
+        if not all(np.isfinite(values).all() for values in model.get_weights()):
+            raise ValueError("some are not finite: the training that wrote them broke down")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such weights file; train.py writes iteration_KK/model.weights.h5")
-    except (OSError, KeyError, ValueError, UserWarning) as error:
+    except (OSError, KeyError, ValueError, TypeError, UserWarning) as error:
         raise UserError(f"{path}: these are no weights written by train.py ({str(error).splitlines()[0]})")
     return model, settings

@@ -3,9 +3,14 @@
 import contextlib
 import csv
 import errno
+import fcntl
 import os
 import shutil
+import signal
+import socket
 import sys
+import threading
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
@@ -112,6 +117,74 @@ def whole_folder(path):
         _flush(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold the folder, made if need be, for this process alone, on a shared disk too; one left empty is removed.
+
+    The system's lock, which dies with its process on whatever host, so none is ever left behind. Raises UserError if
+    another process holds it."""
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{folder} is in use by {file.read() or 'another process'}: wait for it, or stop it")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        try:
+            yield
+        finally:
+            if folder.exists() and [path.name for path in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+                for path in made:
+                    path.rmdir()
+
+
+@contextlib.contextmanager
+def stopped_at_once(sentence):
+    """At Ctrl-C or SIGTERM print the sentence and end this process at once, exit code 130 or 143, even in the middle of
+    a long computation: for a program that loses nothing by it."""
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+
+    def watch():
+        if number := os.read(readable, 1):
+            restore_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+            print(f"{restore_cursor}\nstopped; {sentence}", file=sys.stderr, flush=True)
+            os._exit(128 + number[0])
+
+    # Python runs handlers in the main thread alone, which may be busy for minutes; the pipe is written to at once.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writable)
+
+
+def file_fingerprint(path):
+    """A hash of the file's whole content, a str."""
+    digest = blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_csv(path):
+    """The rows of a csv file, a list of dict."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_csv(path, header, rows):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -67,7 +68,7 @@ def test_a_bad_image_is_named_and_the_rest_is_done(run_script, lesions, unet_wei
     good = lesions / "images" / "ISIC_0000019.jpg"
     good.write_bytes(good.read_bytes()[:3000])  # the last one is truncated
     done = run_script("predict.py", "images", "--weights", unet_weights, "--out", "masks")
-    assert done.returncode == 1
+    assert done.returncode == 2
     errors = done.stderr.strip().splitlines()
     assert len(errors) == 2
     assert "ISIC_0000004.jpg: not a readable picture" in errors[0]
@@ -128,3 +129,47 @@ def test_a_users_mistake_writes_nothing(lesions, unet_weights, monkeypatch, argu
         run_main(monkeypatch, "--weights", unet_weights, "--out", "out", *arguments)
     assert said in str(error.value)
     assert not (lesions / "out").exists()
+
+
+def odd_images(folder, grey):
+    """Files that are unusual and yet pictures: name -> the size (height, width) that their masks must have."""
+    picture, (height, width) = Image.fromarray(grey), grey.shape
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    saves = {
+        "cmyk.jpg": lambda path: picture.convert("CMYK").save(path),
+        "palette.png": lambda path: picture.convert("P").save(path),
+        "transparent.png": lambda path: picture.convert("P").save(path, transparency=b"\x00\x80"),
+        "alpha.png": lambda path: picture.convert("RGBA").save(path),
+        "bilevel.png": lambda path: picture.convert("1").save(path),
+        "turned.jpg": lambda path: picture.save(path, exif=turned),
+        "moving.webp": lambda path: picture.convert("RGB").save(path, save_all=True, append_images=[picture] * 2),
+        "png_named.jpg": lambda path: picture.save(path, "PNG"),
+        "with a space.png": picture.save,
+        "-dash.png": picture.save,
+        "läsion_病.png": picture.save,
+        "two.dots.png": picture.save,
+        "link.png": lambda path: path.symlink_to(folder / "with a space.png"),
+    }
+    for name, save in saves.items():
+        save(folder / name)
+    return {name: (width, height) if name == "turned.jpg" else (height, width) for name in saves}
+
+
+@pytest.mark.filterwarnings("error")
+def test_odd_but_readable_images_get_their_masks(unet_weights, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    sizes = odd_images(tmp_path / "in", blobs(1, 70, 90, seed=2)[0][0, ..., 0].clip(0, 255).astype(np.uint8))
+    run_main(monkeypatch, tmp_path / "in", "--weights", unet_weights, "--out", tmp_path / "out")
+    assert capsys.readouterr().err == ""
+    for name, size in sizes.items():
+        with Image.open(tmp_path / "out" / f"{Path(name).stem}_segmentation.png") as mask:
+            assert mask.size[::-1] == size
+            assert set(np.unique(mask)) <= {0, 255}
+
+
+def test_a_name_that_begins_with_a_dash_follows_two(unet_weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd_images(tmp_path, np.full((48, 64), 99, np.uint8))
+    run_main(monkeypatch, "--weights", unet_weights, "--out", "out", "--", "-dash.png")
+    assert (tmp_path / "out" / "-dash_segmentation.png").exists()

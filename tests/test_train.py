@@ -1,7 +1,6 @@
 """train.py: the whole loop as a user runs it, what it may never do, and the moving together of image and mask."""
 
 import csv
-import itertools
 import json
 import subprocess
 import sys
@@ -95,15 +94,17 @@ def test_normalisation_is_of_the_images_that_may_be_seen(a_run, dataset):
 def test_a_run_holds_what_another_program_needs(a_run, dataset):
     run, _ = a_run
     assert sorted(p.name for p in run.iterdir()) == [
+        ".lock",
         "config.json",
         "dice.png",
         "environment.json",
         "history.csv",
         *(f"iteration_0{k}" for k in range(4)),
     ]
-    assert [p.name for p in (run / "iteration_00").iterdir()] == ["model.weights.h5"]
+    assert sorted(p.name for p in (run / "iteration_00").iterdir()) == ["history.csv", "model.weights.h5"]
     assert sorted(p.name for p in (run / "iteration_02").iterdir()) == [
         "examples.png",
+        "history.csv",
         "model.weights.h5",
         "queries.csv",
         "scores.csv",
@@ -272,7 +273,11 @@ def test_more_devices_than_a_batch_has_images_are_refused(dataset, tmp_path):
 
 
 def batches_of(images, targets, batch_size, augment=None):
-    return train.training_batches(lambda n: (images[n], targets[n]), len(images), batch_size, 1, augment)
+    def read(number):
+        batch = slice(number * batch_size, (number + 1) * batch_size)
+        return images[batch], targets[batch]
+
+    return train.training_batches(read, 0, -(-len(images) // batch_size), augment)
 
 
 def test_image_and_mask_are_moved_together():
@@ -325,27 +330,42 @@ def test_half_of_the_images_are_mirrored():
     assert ((moved.numpy() == images).all((1, 2, 3)) | mirrored).all()
 
 
-def test_the_sizes_of_batches_differ_by_one_at_most():
-    images = np.arange(17, dtype=np.float32).reshape(17, 1, 1, 1)
-    batches = batches_of(images, images, 4)
-    for _ in range(2):
-        seen = [images.numpy().ravel().tolist() for images, _ in batches]
-        assert sorted(map(len, seen)) == [3, 3, 3, 4, 4]
-        assert sorted(itertools.chain(*seen)) == list(range(17))
-    assert len(batches) == 5
-
-
 def test_without_augmentation_soft_targets_stay_as_they_are():
     targets = np.random.default_rng(0).random((10, 16, 16, 1)).astype(np.float32)
-    images = targets * 2
-    batches = batches_of(images, targets, 4)
     seen = []
-    for inputs, outputs in batches:
+    for inputs, outputs in batches_of(targets * 2, targets, 4):
         np.testing.assert_array_equal(inputs, outputs * 2)
         seen += [*outputs.numpy()[:, 0, 0, 0]]
-    assert sorted(seen) == sorted(targets[:, 0, 0, 0])
-    again = [value for _, outputs in batches for value in outputs.numpy()[:, 0, 0, 0]]
-    assert seen != again  # shuffled anew
+    assert seen == targets[:, 0, 0, 0].tolist()
+
+
+@pytest.fixture
+def trainer(dataset):
+    options = f"--data {dataset.path} --filters 2 --batch-size 4 --initial-epochs 2 --active-epochs 2"
+    return train.Trainer(train.read_config(options.split()), dataset, [128.0], [50.0])
+
+
+def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(trainer):
+    """17 images in batches of at most 4: their sizes differ by one at most."""
+    positions, labels = np.arange(20, 37), [np.full((48, 64), n / 100) for n in range(20, 37)]
+    sizes, epochs = [], [[], []]
+    for number, (images, targets) in enumerate(trainer.batches(positions, labels, 1)):
+        seen = [round(100 * float(target[0, 0, 0])) for target in targets]
+        np.testing.assert_allclose(images, trainer.images(seen))
+        sizes.append(len(seen))
+        epochs[number // 5] += seen
+    assert sizes == [3, 3, 4, 3, 4] * 2
+    assert sorted(epochs[0]) == sorted(epochs[1]) == positions.tolist()
+    assert epochs[0] != epochs[1]
+
+
+def test_batches_are_the_same_wherever_training_goes_on(trainer):
+    positions, labels = np.arange(10), list(trainer.dataset.masks(np.arange(10)))
+    whole, rest = (list(trainer.batches(positions, labels, 0, first)) for first in (0, 4))
+    assert (len(whole), len(rest)) == (6, 2)
+    for (images, targets), (same_images, same_targets) in zip(whole[4:], rest):
+        np.testing.assert_array_equal(images, same_images)
+        np.testing.assert_array_equal(targets, same_targets)
 
 
 # ------------------------------------------------------------------------------------------------- the command line
@@ -417,7 +437,7 @@ def test_an_existing_run_is_not_touched(run_script, dataset, tmp_path):
     (tmp_path / "r" / "history.csv").write_text("precious")
     done = run_script("train.py", "--data", dataset.path, "--run", "r")
     assert done.returncode == 2
-    assert "r exists already" in done.stderr
+    assert "r exists already and is no run" in done.stderr
     assert (tmp_path / "r" / "history.csv").read_text() == "precious"
 
 

@@ -1,0 +1,236 @@
+"""A run that is killed again and again ends as one that never was: the same choices, history and weights, bit for bit.
+
+KILLS=100 python -m pytest tests/test_faults.py -s     # the long form, `make faults`; the tests do 10
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT, blobs
+
+import train
+from data import Row, write_dataset
+from utils import UserError, read_csv
+
+KILLS = int(os.environ.get("KILLS", 10))
+OPTIONS = """
+    --filters 2 --initial 9 --pool 40 --test 4 --initial-epochs 2 --active-epochs 2 --batch-size 4 --passes 2
+    --iterations 3 --no-detection 1 --most-uncertain 1 --random 2 --pseudo-start 2 --pseudo-first 2 --pseudo-step 2
+"""
+
+
+def options():
+    return OPTIONS.split()
+
+
+# Dies at its n-th file operation in the run's folder, n given; prints how many there were.
+DRIVER = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+folder, at, count = sys.argv[2], int(sys.argv[3]), 0
+def hook(event, arguments):
+    global count
+    if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and folder in str(arguments[0]):
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+sys.argv = ["train.py", "--run", folder, *sys.argv[4:]]
+import train
+train.Checkpoint.EVERY = 0
+try:
+    train.run_command(train.main)
+finally:
+    print("operations", count)
+"""
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "blobs.h5"
+    images, masks = blobs(53, 32, 32, seed=3)
+    images, masks = images.clip(0, 255).astype(np.uint8), masks[..., 0].astype(np.uint8)
+    rows = [Row(f"B_{n:07d}", "train", (32, 32), images[n], masks[n]) for n in range(53)]
+    write_dataset(path, rows, 53, 32, 32, 1, "discs")
+    return path
+
+
+def start(run, *arguments, at=0):
+    command = [sys.executable, "-c", DRIVER, ROOT, run, at, *arguments]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, error = process.communicate()
+    assert process.returncode == 0, out + error
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole_run(data_file, tmp_path_factory):
+    """A run that nobody interrupts, and the number of its file operations."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    out = finish(start(run, "--data", data_file, *options()))
+    return run, int(out.split()[-1])
+
+
+def content(run):
+    """All that a run has found, without the seconds."""
+    found = {}
+    for path in sorted(run.rglob("*")):
+        name = str(path.relative_to(run))
+        if path.name == "history.csv":
+            found[name] = [{k: v for k, v in row.items() if "seconds" not in k} for row in read_csv(path)]
+        elif path.suffix == ".csv":
+            found[name] = path.read_text()
+        elif path.suffix == ".h5":
+            with h5py.File(path) as file:
+                keys = []
+                file.visit(keys.append)
+                found |= {
+                    f"{name}/{key}": file[key][()].tobytes() for key in keys if isinstance(file[key], h5py.Dataset)
+                }
+        else:
+            found[name] = path.is_dir()
+    return found
+
+
+def test_a_run_killed_again_and_again_ends_as_one_that_never_was(whole_run, data_file, tmp_path):
+    reference, operations = whole_run
+    seed = random.randrange(10**6)
+    rng, kills, runs = random.Random(seed), 0, 0
+    print(f"seed {seed}, {operations} file operations")
+    while kills < KILLS:
+        run = tmp_path / f"run_{runs}"
+        while True:
+            at_operation = kills < KILLS and rng.random() < 0.7
+            at = rng.randrange(1, operations // 3) if at_operation else 0
+            begun = (run / "config.json").exists()
+            process = start(run, *([] if begun else ["--data", data_file, *options()]), at=at)
+            if kills < KILLS and not at_operation:
+                time.sleep(rng.uniform(2, 12))
+                process.kill()
+            out, error = process.communicate()
+            if process.returncode == 0:
+                break
+            assert process.returncode == -signal.SIGKILL, out + error
+            kills += 1
+        runs += 1
+        expected, found = content(reference), content(run)
+        assert found.keys() == expected.keys()
+        assert [name for name in found if found[name] != expected[name]] == [], f"seed {seed}"
+    print(f"{kills} kills in {runs} runs: no difference")
+
+
+def test_a_finished_run_does_nothing(whole_run):
+    before = content(whole_run[0])
+    out = finish(start(whole_run[0]))
+    assert "4 iterations are done already" in out
+    assert "iteration 0:" not in out
+    assert content(whole_run[0]) == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_how_to_go_on(data_file, tmp_path, number, code):
+    run = tmp_path / "r"
+    process = start(run, "--data", data_file, *options(), "--initial-epochs", "100000")
+    while not (run / ".training.weights.h5").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    started = time.monotonic()
+    _, error = process.communicate()
+    assert time.monotonic() - started < 3
+    assert process.returncode == code
+    assert error.splitlines()[-1] == f"stopped; go on with: python train.py --run {run}"
+    assert "Traceback" not in error
+
+
+def test_a_second_process_is_refused(data_file, tmp_path):
+    run = tmp_path / "r"
+    process = start(run, "--data", data_file, *options(), "--initial-epochs", "100000")
+    while not (run / "config.json").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    second = start(run)
+    _, error = second.communicate()
+    assert second.returncode == 2
+    assert f"{run} is in use by process {process.pid} on " in error
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """Start a run in this process; returns the one sentence with which it is refused."""
+
+    def start_here(run, *arguments):
+        monkeypatch.setattr("sys.argv", ["train.py", "--run", str(run), *map(str, arguments)])
+        with pytest.raises(UserError) as refusal:
+            train.main()
+        return str(refusal.value)
+
+    return start_here
+
+
+@pytest.fixture
+def half_run(whole_run, tmp_path):
+    """The whole run as it was after iteration 1."""
+    run = tmp_path / "half"
+    shutil.copytree(whole_run[0], run)
+    for k in (2, 3):
+        shutil.rmtree(run / f"iteration_{k:02d}")
+    return run
+
+
+def test_other_settings_and_other_data_are_refused_by_name(refused, half_run, data_file, tmp_path):
+    assert "--passes 3: " in refused(half_run, "--passes", "3")
+    assert "was begun with 2" in refused(half_run, "--passes", "3")
+    other = tmp_path / "other.h5"
+    other.write_bytes(data_file.read_bytes())
+    assert f"--data {other}" in refused(half_run, "--data", other)
+    before = data_file.read_bytes()
+    try:
+        with h5py.File(data_file, "a") as file:
+            file["masks"][3] = 1 - file["masks"][3]
+        assert f"{data_file} is not the file that" in refused(half_run)
+    finally:
+        data_file.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("named", "file", "spoil"),
+    [
+        ("iteration_01", "queries.csv", lambda path: path.write_text("".join(path.read_text().splitlines(True)[:-2]))),
+        ("iteration_01", "queries.csv", lambda path: path.write_text(path.read_text()[:-5])),
+        ("iteration_00", "history.csv", lambda path: path.write_text(path.read_text()[:20])),
+        ("iteration_01/model.weights.h5", "", lambda path: path.write_bytes(path.read_bytes()[:5000])),
+        ("iteration_01/model.weights.h5", "", lambda path: path.write_text("no weights")),
+        ("config.json", "", lambda path: path.write_text(path.read_text()[:50])),
+    ],
+)
+def test_a_damaged_run_is_refused_by_name(refused, half_run, named, file, spoil):
+    spoil(half_run / named / file)
+    assert f"{half_run / named}: " in refused(half_run)
+
+
+def test_a_truncated_history_is_written_anew(half_run, whole_run):
+    (half_run / "history.csv").write_text("iteration,anno")
+    finish(start(half_run))
+    assert content(half_run) == content(whole_run[0])
+
+
+def test_force_moves_the_old_run_aside(half_run, data_file):
+    before = content(half_run)
+    finish(start(half_run, "--data", data_file, *options(), "--iterations", "0", "--force"))
+    assert len(read_csv(half_run / "history.csv")) == 1
+    (aside,) = half_run.parent.glob("half-*")
+    assert content(aside) == before
