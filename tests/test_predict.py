@@ -156,7 +156,7 @@ def odd_images(folder, grey):
     return {name: (width, height) if name == "turned.jpg" else (height, width) for name in saves}
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_odd_but_readable_images_get_their_masks(unet_weights, tmp_path, monkeypatch, capsys):
     (tmp_path / "in").mkdir()
     sizes = odd_images(tmp_path / "in", blobs(1, 70, 90, seed=2)[0][0, ..., 0].clip(0, 255).astype(np.uint8))
