@@ -364,11 +364,15 @@ class Trainer:
         scores, dice = (np.concatenate(values) for values in zip(*done))
         return scores, dice
 
+    def predict(self, positions):
+        """The network's probabilities with dropout off, float32 (n, H, W)."""
+        return self.model.predict(self.images(positions), verbose=0)[..., 0]
+
     def evaluate(self, positions):
         """Mean over these images of each metric at a threshold of 0.5, a dict; warns of a collapsed network."""
         metrics, lesion = [], []
         for some in in_chunks(positions, 64):
-            prediction = self.model.predict(self.images(some), verbose=0)[..., 0] > 0.5
+            prediction = self.predict(some) > 0.5
             metrics.append(segmentation_metrics(self.dataset.masks(some), prediction))
             lesion.append(prediction.mean())
         if max(lesion) == 0 or min(lesion) == 1:
@@ -514,8 +518,8 @@ def finished_iterations(run, dataset, pool, oracle):
 def query(trainer, pool, oracle, iteration, folder):
     """Score the pool, ask the oracle, and let the network label what it is sure of.
 
-    Writes scores.csv, queries.csv and the figures. Returns the positions with pseudo-labels, these labels, float32
-    (n, H, W), and the seconds that scoring took.
+    Writes scores.csv, queries.csv and the figures. Returns the positions with pseudo-labels, these labels, a list
+    of float32 (H, W), and the seconds that scoring took.
     """
     config, dataset, started = trainer.config, trainer.dataset, time.monotonic()
     candidates = pool.unlabelled
@@ -528,7 +532,7 @@ def query(trainer, pool, oracle, iteration, folder):
     count = ceal.pseudo_label_count(iteration, config.pseudo_start, config.pseudo_first, config.pseudo_step)
     groups["pseudo"] = ceal.select_pseudo_labels(scores, rng, count, exclude=np.concatenate(list(groups.values())))
     pseudo = candidates[groups["pseudo"]]
-    pseudo_labels, _ = trainer.uncertainty(pseudo, iteration)
+    pseudo_labels = list(trainer.predict(pseudo))
 
     ids = dataset.ids[candidates]
     write_csv(folder / "scores.csv", ["id", "uncertainty", "dice"], zip(ids, scores, dice))

@@ -180,9 +180,8 @@ def test_pseudo_labels_are_the_networks_own_soft_maps_of_those_images(a_run, dat
     at = [n for n, position in enumerate(positions) if dataset.ids[position] in pseudo]
     assert len(at) == 4
     inputs = (dataset.images(positions[at]) - settings["mean"][0]) / settings["std"][0]
-    mean, _ = mc_dropout(model, inputs, 3, derived_seed(1, 2, "passes"), keys=positions[at])
     labels = np.stack([targets[n] for n in at])
-    np.testing.assert_allclose(labels, mean, atol=1e-3)
+    np.testing.assert_allclose(labels, model.predict(inputs, verbose=0)[..., 0], atol=1e-5)
     assert ((labels > 0.01) & (labels < 0.99)).any()
 
 
