@@ -532,7 +532,7 @@ def query(trainer, pool, oracle, iteration, folder):
     count = ceal.pseudo_label_count(iteration, config.pseudo_start, config.pseudo_first, config.pseudo_step)
     groups["pseudo"] = ceal.select_pseudo_labels(scores, rng, count, exclude=np.concatenate(list(groups.values())))
     pseudo = candidates[groups["pseudo"]]
-    pseudo_labels = list(trainer.predict(pseudo))
+    pseudo_labels = list(trainer.predict(pseudo)) if len(pseudo) else []
 
     ids = dataset.ids[candidates]
     write_csv(folder / "scores.csv", ["id", "uncertainty", "dice"], zip(ids, scores, dice))
