@@ -28,7 +28,7 @@ import predict
 import train
 from train import tf
 from unet import PRECISIONS, build_unet, load_unet, mc_dropout, print_devices, save_unet, share_out
-from utils import UserError, map_in_order, run_command, segmentation_metrics, track, whole_file
+from utils import UserError, map_in_order, read_csv, run_command, segmentation_metrics, track, whole_file
 
 SMALL = (64, 80, 1)  # the size of images where only their number matters
 MEGAPIXELS = [(2000, 3000), (2448, 3264), (3000, 4000), (4000, 6000)]  # 6, 8, 12 and 24
@@ -284,8 +284,7 @@ def bench_pools(folder, counts):
         rows = (drawn[n % 20]._replace(id=f"BENCH_{n:07d}") for n in range(count + 16))
         data.write_dataset(path, rows, count + 16, *SMALL, "bench")
         memory.append(peak_memory("train.py", "--data", path, "--run", run, "--pool", count, *options.split()))
-        last = (run / "history.csv").read_text().splitlines()[-1].split(",")
-        seconds.append(float(last[train.HISTORY.index("seconds_scoring")]))
+        seconds.append(float(read_csv(run / "history.csv")[-1]["seconds_scoring"]))
     cost = np.diff(seconds) / np.diff(counts)  # of an image, whatever starting takes
     return [
         row(

@@ -46,3 +46,14 @@ def blobs(count, height, width, seed=0):
     masks = np.stack([np.hypot(y - cy, x - cx) < r for (cy, cx), r in zip(centres, radii)])
     images = np.where(masks, 60, 190) + rng.normal(0, 5, masks.shape)
     return images[..., None].astype(np.float32), masks[..., None].astype(np.float32)
+
+
+def write_blobs(path, count, height, width):
+    """A data file of these discs; an image's id tells its position: B_0000007 is at 7."""
+    from data import Row, write_dataset
+
+    images, masks = blobs(count, height, width, seed=3)
+    images, masks = images.clip(0, 255).astype(np.uint8), masks[..., 0].astype(np.uint8)
+    rows = (Row(f"B_{n:07d}", "train", (height, width), images[n], masks[n]) for n in range(count))
+    write_dataset(path, rows, count, height, width, 1, "discs")
+    return path

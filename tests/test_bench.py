@@ -4,19 +4,15 @@ import json
 
 import numpy as np
 import pytest
-from conftest import blobs
+from conftest import write_blobs
 
 import bench
-from data import Row, write_dataset
 from unet import build_unet
 
 
 def test_the_table_is_printed_and_written(unet_weights, tmp_path, monkeypatch, capsys):
     """Without the lines that start programs anew: they take a minute."""
-    images, masks = blobs(20, 48, 64, seed=3)
-    images, masks = images.clip(0, 255).astype(np.uint8), masks[..., 0].astype(np.uint8)
-    rows = [Row(f"B_{n:07d}", "train", (48, 64), images[n], masks[n]) for n in range(20)]
-    write_dataset(tmp_path / "blobs.h5", rows, 20, 48, 64, 1, "discs")
+    write_blobs(tmp_path / "blobs.h5", 20, 48, 64)
     for name in "bench_pools", "bench_folders":
         monkeypatch.setattr(bench, name, lambda *_: [])
     monkeypatch.setattr(bench, "MEGAPIXELS", [(200, 300)])

@@ -12,12 +12,10 @@ import sys
 import time
 
 import h5py
-import numpy as np
 import pytest
-from conftest import ROOT, blobs
+from conftest import ROOT, write_blobs
 
 import train
-from data import Row, write_dataset
 from utils import UserError, read_csv
 
 KILLS = int(os.environ.get("KILLS", 10))
@@ -25,10 +23,6 @@ OPTIONS = """
     --filters 2 --initial 9 --pool 40 --test 4 --initial-epochs 2 --active-epochs 2 --batch-size 4 --passes 2
     --iterations 3 --no-detection 1 --most-uncertain 1 --random 2 --pseudo-start 2 --pseudo-first 2 --pseudo-step 2
 """
-
-
-def options():
-    return OPTIONS.split()
 
 
 # Dies at its n-th file operation in the run's folder, n given; prints how many there were.
@@ -55,12 +49,7 @@ finally:
 
 @pytest.fixture(scope="module")
 def data_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "blobs.h5"
-    images, masks = blobs(53, 32, 32, seed=3)
-    images, masks = images.clip(0, 255).astype(np.uint8), masks[..., 0].astype(np.uint8)
-    rows = [Row(f"B_{n:07d}", "train", (32, 32), images[n], masks[n]) for n in range(53)]
-    write_dataset(path, rows, 53, 32, 32, 1, "discs")
-    return path
+    return write_blobs(tmp_path_factory.mktemp("data") / "blobs.h5", 53, 32, 32)
 
 
 def start(run, *arguments, at=0):
@@ -78,7 +67,7 @@ def finish(process):
 def whole_run(data_file, tmp_path_factory):
     """A run that nobody interrupts, and the number of its file operations."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    out = finish(start(run, "--data", data_file, *options()))
+    out = finish(start(run, "--data", data_file, *OPTIONS.split()))
     return run, int(out.split()[-1])
 
 
@@ -114,7 +103,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(whole_run, data
             at_operation = kills < KILLS and rng.random() < 0.7
             at = rng.randrange(1, operations // 3) if at_operation else 0
             begun = (run / "config.json").exists()
-            process = start(run, *([] if begun else ["--data", data_file, *options()]), at=at)
+            process = start(run, *([] if begun else ["--data", data_file, *OPTIONS.split()]), at=at)
             if kills < KILLS and not at_operation:
                 time.sleep(rng.uniform(2, 12))
                 process.kill()
@@ -141,7 +130,7 @@ def test_a_finished_run_does_nothing(whole_run):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_says_how_to_go_on(data_file, tmp_path, number, code):
     run = tmp_path / "r"
-    process = start(run, "--data", data_file, *options(), "--initial-epochs", "100000")
+    process = start(run, "--data", data_file, *OPTIONS.split(), "--initial-epochs", "100000")
     while not (run / ".training.weights.h5").exists():
         assert process.poll() is None
         time.sleep(0.1)
@@ -156,7 +145,7 @@ def test_a_stopped_run_says_how_to_go_on(data_file, tmp_path, number, code):
 
 def test_a_second_process_is_refused(data_file, tmp_path):
     run = tmp_path / "r"
-    process = start(run, "--data", data_file, *options(), "--initial-epochs", "100000")
+    process = start(run, "--data", data_file, *OPTIONS.split(), "--initial-epochs", "100000")
     while not (run / "config.json").exists():
         assert process.poll() is None
         time.sleep(0.1)
@@ -230,7 +219,7 @@ def test_a_truncated_history_is_written_anew(half_run, whole_run):
 
 def test_force_moves_the_old_run_aside(half_run, data_file):
     before = content(half_run)
-    finish(start(half_run, "--data", data_file, *options(), "--iterations", "0", "--force"))
+    finish(start(half_run, "--data", data_file, *OPTIONS.split(), "--iterations", "0", "--force"))
     assert len(read_csv(half_run / "history.csv")) == 1
     (aside,) = half_run.parent.glob("half-*")
     assert content(aside) == before

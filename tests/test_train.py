@@ -1,6 +1,5 @@
 """train.py: the whole loop as a user runs it, what it may never do, and the moving together of image and mask."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -8,13 +7,13 @@ import sys
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, blobs
+from conftest import ROOT, blobs, write_blobs
 
 import train
 import unet
-from data import Dataset, Row, split, write_dataset
+from data import Dataset, split
 from unet import load_unet, mc_dropout
-from utils import UserError, derived_seed, segmentation_metrics
+from utils import UserError, derived_seed, read_csv, segmentation_metrics
 
 TINY = "--filters 8 --initial 16 --pool 30 --test 10 --initial-epochs 15 --active-epochs 2 --batch-size 4 --passes 3"
 QUERIES = "--no-detection 2 --most-uncertain 2 --random 3 --pseudo-start 2 --pseudo-first 4 --pseudo-step 2"
@@ -23,20 +22,9 @@ QUERIES = "--no-detection 2 --most-uncertain 2 --random 3 --pseudo-start 2 --pse
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     """60 dark discs at 48x64; an image's id tells its position: B_0000007 is at 7."""
-    path = tmp_path_factory.mktemp("data") / "blobs.h5"
-    images, masks = blobs(60, 48, 64, seed=3)
-    rows = [
-        Row(f"B_{n:07d}", "train", (48, 64), image.clip(0, 255).astype(np.uint8), mask[..., 0].astype(np.uint8))
-        for n, (image, mask) in enumerate(zip(images, masks))
-    ]
-    write_dataset(path, rows, 60, 48, 64, 1, "discs")
+    path = write_blobs(tmp_path_factory.mktemp("data") / "blobs.h5", 60, 48, 64)
     with Dataset(path) as dataset:
         yield dataset
-
-
-def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
