@@ -106,9 +106,7 @@ class Config:
     passes: int = setting(20, "T, Monte Carlo dropout predictions of an image", 1)
     uncertainty: str = setting("variance", "what the map of a pixel's passes holds: unet.mc_dropout", choices=MEASURES)
     distance: str = setting("inside", "the score's weight: ceal.distance_weight", choices=("inside", "both", "none"))
-    query: str = setting(
-        "paper", "the three groups, or as many at random of the pool", choices=("paper", "uniform")
-    )
+    query: str = setting("paper", "the three groups, or as many at random of the pool", choices=("paper", "uniform"))
     no_detection: int = setting(10, "oracle queries with the lowest scores, per iteration", 0)
     most_uncertain: int = setting(10, "oracle queries with the highest scores, per iteration", 0)
     random: int = setting(15, "oracle queries at random, per iteration", 0)
