@@ -388,6 +388,7 @@ class Split(NamedTuple):
 def split(dataset, initial=600, pool=1000, test=400, seed=SPLIT_SEED):
     """The paper's split of the dataset's training part, drawn by `seed`: a Split of sorted positions.
 
+    The test images depend on the seed and their number alone, so that results with more or fewer labels compare.
     Near-duplicates are on one side. Raises UserError if there are fewer images than asked for.
     """
     candidates = np.flatnonzero(dataset.part == "train")
@@ -398,7 +399,8 @@ def split(dataset, initial=600, pool=1000, test=400, seed=SPLIT_SEED):
             f"pool + {test} for test; lower --initial, --pool or --test"
         )
     order = np.random.default_rng(seed).permutation(candidates)
-    side = np.repeat(range(4), [initial, pool, test, unused])
+    side = np.repeat([0, 1, 3, 2], [initial, pool, unused, test])
+    _join_near_duplicates(dataset.ids, order, side == 2)
     _join_near_duplicates(dataset.ids, order, side)
     return Split(*(np.sort(order[side == number]) for number in range(3)))
 
