@@ -149,7 +149,9 @@ DEMO_SIZE = {"height": 64, "width": 80, "channels": 1}
 def read_config(arguments=None):
     """The command line as a checked Config: of a run that is there already, its settings; else the preset's, then
     those given. With --force the folder of an earlier run is moved aside."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     for field in dataclasses.fields(Config):
         special = [f"{name} {values[field.name]}" for name, values in PRESETS.items() if field.name in values]
         defaults = "; ".join([f"default {field.default}", *special])
@@ -399,7 +401,7 @@ def run_loop(config, dataset, parts, run):
         print(f"{len(history)} iterations are done already, up to {last.parent}", flush=True)
         write_history(history, run)
     for iteration in range(len(history), config.iterations + 1):
-        if not len(pool.unlabelled):
+        if iteration and not len(pool.unlabelled):
             print(f"the pool is empty: the run ends before iteration {iteration}")
             break
         with whole_folder(run / f"iteration_{iteration:02d}") as folder:
@@ -538,12 +540,14 @@ def print_plan(config, dataset, parts):
     size = f"{dataset.height}x{dataset.width}, {dataset.channels} channel(s)"
     print(f"data      {dataset.path}: {dataset.source}, {size}")
     print(f"split     {len(parts.initial)} labelled, {len(parts.pool)} in the pool, {len(parts.test)} for test")
-    steps = -(-len(parts.initial) // config.batch_size)
-    print(f"training  {config.initial_epochs} epochs of {steps} steps at a learning rate of {config.learning_rate:g}")
+    steps = config.initial_steps or config.initial_epochs * -(-len(parts.initial) // config.batch_size)
+    rate = f"a learning rate of {config.learning_rate:g}, {config.schedule}"
+    print(f"training  {steps} steps of up to {config.batch_size} images at {rate}")
     asked = config.no_detection + config.most_uncertain + config.random
     print(
         f"CEAL      {config.iterations} iterations: score the pool in {config.passes} passes, ask for {asked} masks, "
-        f"train {config.active_epochs} epochs; pseudo-labels from iteration {config.pseudo_start}"
+        f"train {f'{config.active_steps} steps' if config.active_steps else f'{config.active_epochs} epochs'}; "
+        f"pseudo-labels from iteration {config.pseudo_start}"
     )
     print(f"run       {config.run}", flush=True)
 
