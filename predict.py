@@ -120,7 +120,7 @@ def find_threshold(given, settings, weights):
     if not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
         source = f"the threshold stored in {weights}," if stored else "--threshold"
         raise UserError(f"{source} {threshold}: must lie between 0 and 1; give --threshold X, say 0.5")
-    return threshold, ", the threshold stored with them" if stored else ""
+    return threshold, ", the threshold stored in it" if stored else ""
 
 
 # --------------------------------------------------------------------------------------------------- image after image
@@ -146,9 +146,7 @@ def save_png(pixels, path):
 
 
 def largest_part(mask):
-    """The largest connected part of a bool mask (H, W), its holes filled; an empty mask stays empty.
-
-    Pixels that touch at a corner are connected, and holes are what such an outline encloses."""
+    """The largest part (corners connect) of a bool mask (H, W), its holes filled; an empty mask stays empty."""
     parts = regionprops(label(mask))
     kept = np.zeros_like(mask)
     if parts:
@@ -258,6 +256,7 @@ def report_ratings(results, out):
     """Print the means of the images' metrics with their intervals, and write each image's to out/metrics.csv."""
     rated = {result.name: result.rating for result in results if isinstance(result.rating, dict)}
     if not rated:
+        print("no image could be rated")
         return
     names = list(next(iter(rated.values())))
     rows = [list(rating.values()) for rating in rated.values()]
@@ -310,7 +309,7 @@ def main():
     options = Options(args.out, threshold, args.tta, args.largest, passes, args.overlay, truths)
     results, errors = predict_all(images, model, settings, options)
     unreadable = f"; {len(errors)} images could not be read" if errors else ""
-    print(f"{args.out}: {len(results)} masks, of the weights {weights}, cut at {threshold:g}{origin}{unreadable}")
+    print(f"{args.out}: {len(results)} masks by {weights}, cut at {threshold:g}{origin}{unreadable}")
     if args.uncertainty and results:
         scores = [(result.name, result.uncertainty) for result in results]
         write_csv(args.out / "uncertainty" / "scores.csv", ["name", "uncertainty"], scores)
@@ -319,8 +318,8 @@ def main():
         report_ratings(results, args.out)
         errors += [result.rating for result in results if isinstance(result.rating, UserError)]
     if results:
-        seen = f"look at {args.out}/overlay: the" if args.overlay else "white is lesion; --overlay draws its"
-        print(f"{seen} outline on each image")
+        what = "/overlay: the" if args.overlay else ": white is lesion; --overlay draws the"
+        print(f"look at {args.out}{what} outline on each image")
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     return 2 if errors else 0
