@@ -254,6 +254,10 @@ def mean_intervals(values):
 
 def report_ratings(results, out):
     """Print the means of the images' metrics with their intervals, and write each image's to out/metrics.csv."""
+    without = [result.name for result in results if result.rating is None]
+    if without:
+        some = ", ".join(without[:10]) + ", ..." * (len(without) > 10)
+        print(f"no true mask, and so not rated: {len(without)} images ({some})")
     rated = {result.name: result.rating for result in results if isinstance(result.rating, dict)}
     if not rated:
         print("no image could be rated")
@@ -261,15 +265,11 @@ def report_ratings(results, out):
     names = list(next(iter(rated.values())))
     rows = [list(rating.values()) for rating in rated.values()]
     write_csv(out / "metrics.csv", ["id", *names], [(id, *row) for id, row in zip(rated, rows)])
-    print(f"\n{f'rated: {len(rated)}':<20}{'mean':>8}   95 % bootstrap interval over the images")
+    print(f"{f'rated: {len(rated)}':<20}{'mean':>8}   95 % bootstrap interval over the images")
     for name, mean, low, high in zip(names, *mean_intervals(np.array(rows).T)):
         interval = "none: a single image" if np.isnan(low) else f"{low:.4f} to {high:.4f}"
         print(f"{name.replace('_', ' '):<20}{mean:8.4f}   {interval}")
-    without = [result.name for result in results if result.rating is None]
-    if without:
-        some = ", ".join(without[:10]) + ", ..." * (len(without) > 10)
-        print(f"not rated, for want of a true mask: {len(without)} images ({some})")
-    print(f"{out}/metrics.csv has each image's\n")
+    print(f"{out}/metrics.csv: the metrics of each image")
 
 
 def read_arguments():
