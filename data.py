@@ -128,7 +128,7 @@ def read_mask(path, height, width):
         raise UserError(f"{path}: not a mask, {grey:.0%} of it is neither black nor white; save it as 0 and 255")
     (values,) = np.nonzero(counts)
     if set(values) - {0, 255}:
-        threshold = 0 if values[-1] == 1 else 127
+        threshold = 0 if values[-1] == 1 else 128  # where the challenge's scorer cuts
         picture = picture.point([255 * (value > threshold) for value in range(256)])
     # Averaging blocks of pixels first: a mask of many megapixels would take longer to resize than to read.
     small = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3)) > 127
