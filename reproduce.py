@@ -185,7 +185,8 @@ def keep_record(run, folder, out):
             write_csv(record / "pool.csv", rows[0], (row.values() for row in rows))
         if scored and run.arm == "ceal" and run.seed == 1:  # for the paper's figures
             for iteration in scored:
-                for name in "scores.csv", "queries.csv", "examples.png":
+                pictures = ["examples.png"] if iteration in (scored[0], scored[-1]) else []
+                for name in "scores.csv", "queries.csv", *pictures:
                     shutil.copy(iteration / name, record / f"{iteration.name}_{name}")
 
 
