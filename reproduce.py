@@ -412,7 +412,7 @@ def figure_regions(record, path):
     edges = region_edges(pools[min(pools)]["score"])
     shown = [k for k in (1, 5, 6, max(pools)) if k in pools]
     figure = Figure(figsize=(9, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharey=True).flat
+    axes = figure.subplots(-(-len(shown) // 2), 2, sharey=True, squeeze=False).flat
     for ax, k in zip(axes, shown):
         draw_regions(ax, pools[k], edges, f"after iteration {k - 1}: {len(pools[k]['score'])} in the pool")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
@@ -437,6 +437,8 @@ def figure_pool(found, path):
     grey = ["0.9", "0.65", "0.4", "0.1"]
     regions.stackplot(iterations, *map(mean, names), colors=grey, labels=[name.replace("_", " ") for name in names])
     regions.set(title="images of the pool in each region", xlabel="iteration")
+    for ax in figure.axes:
+        ax.xaxis.get_major_locator().set_params(integer=True)
     regions.legend(fontsize=8, loc="lower left")
     correlation.plot(iterations, mean("correlation"), "k-o", markersize=4)
     correlation.set(title="rank correlation of score and Dice", xlabel="iteration")
