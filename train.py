@@ -23,13 +23,13 @@ import numpy as np
 import ceal
 from data import SPLIT_SEED, Dataset, draw_row, normalisation, normalise, split, write_dataset
 from unet import (
+    LOSSES,
     MEASURES,
     PRECISIONS,
     SCHEDULES,
     Checkpoint,
     augmentation,
     build_unet,
-    dice_loss,
     keras,
     learning_rate,
     load_unet,
@@ -92,6 +92,7 @@ class Config:
     filters: int = setting(32, "filters of the network's first level, doubled at each of four more", 1)
     dropout: float = setting(0.5, "share of the bottleneck dropped, in training and in Monte Carlo passes", 0)
     learning_rate: float = setting(1e-5, "Adam's learning rate, the highest of each training", 0)
+    loss: str = setting("dice", "minus the Dice coefficient, or that plus the cross-entropy", choices=tuple(LOSSES))
     schedule: str = setting("constant", "the learning rate within each training: unet.learning_rate", choices=SCHEDULES)
     batch_size: int = setting(32, "images in a training step", 1)
     initial_epochs: int = setting(10, "epochs of the initial training, with augmentation", 1)
@@ -248,7 +249,9 @@ class Trainer:
             self.model = build_unet(*size, config.filters, config.dropout, config.precision)
             # XLA and several replicas do not go together.
             jit_compile = False if several else "auto"
-            self.model.compile(keras.optimizers.Adam(config.learning_rate), dice_loss, jit_compile=jit_compile)
+            self.model.compile(
+                keras.optimizers.Adam(config.learning_rate), LOSSES[config.loss], jit_compile=jit_compile
+            )
             self.model.optimizer.build(self.model.trainable_variables)
         self.step = training_step(self.model)
         run = Path(config.run)

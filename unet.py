@@ -131,10 +131,14 @@ def dice_coefficient(y_true, y_pred, smooth=1.0):
     y_true = tf.reshape(tf.cast(y_true, tf.float32), [-1])
     y_pred = tf.reshape(tf.cast(y_pred, tf.float32), [-1])
     overlap, sizes = tf.reduce_sum(y_true * y_pred), tf.reduce_sum(y_true) + tf.reduce_sum(y_pred)
-    replica = tf.distribute.get_replica_context()
-    if replica and replica.num_replicas_in_sync > 1:
-        overlap, sizes = replica.all_reduce("SUM", [overlap, sizes])
+    overlap, sizes = _of_all_devices([overlap, sizes])
     return (2.0 * overlap + smooth) / (sizes + smooth)
+
+
+def _of_all_devices(sums):
+    """These sums over the device's share of the batch, a list, added up over all devices."""
+    replica = tf.distribute.get_replica_context()
+    return replica.all_reduce("SUM", sums) if replica and replica.num_replicas_in_sync > 1 else sums
 
 
 @keras.saving.register_keras_serializable("ceal")  # so that a compiled model can be cloned
@@ -142,6 +146,19 @@ def dice_loss(y_true, y_pred):
     """The published loss: minus the soft Dice coefficient of the batch. Of several devices each returns an equal part,
     for Keras adds up a loss that is one number."""
     return -dice_coefficient(y_true, y_pred) / tf.distribute.get_strategy().num_replicas_in_sync
+
+
+@keras.saving.register_keras_serializable("ceal")
+def dice_bce_loss(y_true, y_pred):
+    """The published loss plus the batch's mean binary cross-entropy, whose gradient does not vanish where the network
+    is sure and wrong: with the Dice coefficient alone it may call every pixel skin and never leave that state."""
+    y_true = tf.reshape(tf.cast(y_true, tf.float32), tf.shape(y_pred))
+    entropies = keras.losses.binary_crossentropy(y_true, y_pred)
+    (count,) = _of_all_devices([tf.size(entropies, tf.float32)])
+    return dice_loss(y_true, y_pred) + tf.reduce_sum(entropies) / count
+
+
+LOSSES = {"dice": dice_loss, "dice_bce": dice_bce_loss}
 
 
 # --------------------------------------------------------------------------------------------------------- training
