@@ -249,9 +249,8 @@ class Trainer:
             self.model = build_unet(*size, config.filters, config.dropout, config.precision)
             # XLA and several replicas do not go together.
             jit_compile = False if several else "auto"
-            self.model.compile(
-                keras.optimizers.Adam(config.learning_rate), LOSSES[config.loss], jit_compile=jit_compile
-            )
+            adam, loss = keras.optimizers.Adam(config.learning_rate), LOSSES[config.loss]
+            self.model.compile(adam, loss, jit_compile=jit_compile)
             self.model.optimizer.build(self.model.trainable_variables)
         self.step = training_step(self.model)
         run = Path(config.run)

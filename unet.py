@@ -152,7 +152,6 @@ def dice_loss(y_true, y_pred):
 def dice_bce_loss(y_true, y_pred):
     """The published loss plus the batch's mean binary cross-entropy, whose gradient does not vanish where the network
     is sure and wrong: with the Dice coefficient alone it may call every pixel skin and never leave that state."""
-    y_true = tf.reshape(tf.cast(y_true, tf.float32), tf.shape(y_pred))
     entropies = keras.losses.binary_crossentropy(y_true, y_pred)
     (count,) = _of_all_devices([tf.size(entropies, tf.float32)])
     return dice_loss(y_true, y_pred) + tf.reduce_sum(entropies) / count

@@ -253,9 +253,10 @@ train.main()
 """
 
 
-def test_two_devices_do_what_one_does(dataset, tmp_path):
+@pytest.mark.parametrize("loss", ["dice", "dice_bce"])
+def test_two_devices_do_what_one_does(dataset, tmp_path, loss):
     """Odd numbers of images everywhere, so that the devices' shares differ in size."""
-    options = f"{TINY} {QUERIES} --pool 29 --initial 15 --iterations 1 --initial-epochs 3 --active-epochs 1".split()
+    options = f"{TINY} --loss {loss} {QUERIES} --pool 29 --initial 15 --iterations 1 --initial-epochs 3 --active-epochs 1".split()
     for devices in "one", "all":
         arguments = ["--data", dataset.path, "--run", tmp_path / devices, "--devices", devices, *options]
         command = [sys.executable, "-c", TWO_DEVICES, *map(str, arguments)]

@@ -132,6 +132,14 @@ def test_mean_and_variance_are_those_of_the_plain_loop_over_passes(network, imag
     assert information.min() >= 0
 
 
+def test_the_combined_loss_adds_the_mean_cross_entropy():
+    truth = np.array([[[1.0]], [[0.0]], [[0.3]]], np.float32)[..., None]
+    prediction = np.array([[[0.8]], [[0.4]], [[0.5]]], np.float32)[..., None]
+    dice = (2 * (0.8 + 0.15) + 1) / (1.3 + 1.7 + 1)
+    entropy = -np.mean([np.log(0.8), np.log(0.6), np.log(0.5)])
+    assert float(unet.dice_bce_loss(truth, prediction)) == pytest.approx(entropy - dice, rel=1e-5)
+
+
 def test_entropy_and_bald_are_finite_where_the_network_is_certain():
     model = build_unet(16, 16, filters=2)
     model.get_layer("probability").bias.assign([1000.0])
