@@ -153,7 +153,7 @@ def dice_bce_loss(y_true, y_pred):
     """The published loss plus the batch's mean binary cross-entropy, whose gradient does not vanish where the network
     is sure and wrong: with the Dice coefficient alone it may call every pixel skin and never leave that state."""
     entropies = keras.losses.binary_crossentropy(y_true, y_pred)
-    (count,) = _of_all_devices([tf.size(entropies, tf.float32)])
+    (count,) = _of_all_devices([tf.cast(tf.size(entropies), tf.float32)])
     return dice_loss(y_true, y_pred) + tf.reduce_sum(entropies) / count
 
 

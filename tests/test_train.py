@@ -256,7 +256,8 @@ train.main()
 @pytest.mark.parametrize("loss", ["dice", "dice_bce"])
 def test_two_devices_do_what_one_does(dataset, tmp_path, loss):
     """Odd numbers of images everywhere, so that the devices' shares differ in size."""
-    options = f"{TINY} --loss {loss} {QUERIES} --pool 29 --initial 15 --iterations 1 --initial-epochs 3 --active-epochs 1".split()
+    options = f"{TINY} {QUERIES} --loss {loss} --pool 29 --initial 15 --iterations 1".split()
+    options += ["--initial-epochs", "3", "--active-epochs", "1"]
     for devices in "one", "all":
         arguments = ["--data", dataset.path, "--run", tmp_path / devices, "--devices", devices, *options]
         command = [sys.executable, "-c", TWO_DEVICES, *map(str, arguments)]
