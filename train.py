@@ -121,6 +121,7 @@ PRESETS = {
     "quick": {
         "data": "datasets/isic2017_96x128.h5",
         "filters": 16,
+        "loss": "dice_bce",
         "learning_rate": 1e-3,
         "schedule": "cosine",
         "batch_size": 8,
