@@ -16,12 +16,10 @@ from PIL import Image, ImageOps
 from skimage.segmentation import find_boundaries
 
 from ceal import uncertainty_score
-from data import normalise, read_image
+from data import NOT_AN_IMAGE, SUFFIXES, normalise, read_image
 from unet import PRECISIONS, load_unet, mc_dropout, print_devices
 from utils import UserError, map_in_order, progress_bar, run_command, whole_file, write_csv
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-NOT_AN_IMAGE = ("_superpixels", "_segmentation")  # what ISIC's folders hold beside the images
 BATCH = 16
 
 
