@@ -77,6 +77,11 @@ def select_queries(scores, rng, no_detection=10, most_uncertain=10, random=15):
     return groups
 
 
+def select_uniform(pool_size, rng, count):
+    """The baseline: `count` positions at random from a whole pool of that size, or all if there are fewer."""
+    return rng.choice(pool_size, min(count, pool_size), replace=False)
+
+
 def select_pseudo_labels(scores, rng, count, exclude=()):
     """Whom to let the network label itself: `count` positions in `scores`, at random from the fullest bin [C].
 

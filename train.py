@@ -18,22 +18,29 @@ import sys
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 import ceal
 from data import SPLIT_SEED, Dataset, draw_row, normalisation, normalise, split, write_dataset
 from unet import (
+    MEASURES,
     PRECISIONS,
+    SCHEDULES,
+    Checkpoint,
+    augmentation,
     build_unet,
     dice_loss,
     keras,
+    learning_rate,
     load_unet,
     mc_dropout,
     print_devices,
+    restart,
     save_unet,
     share_out,
     tf,
+    training_batches,
+    training_step,
 )
 from utils import (
     GROUPS,
@@ -84,16 +91,22 @@ class Config:
 
     filters: int = setting(32, "filters of the network's first level, doubled at each of four more", 1)
     dropout: float = setting(0.5, "share of the bottleneck dropped, in training and in Monte Carlo passes", 0)
-    learning_rate: float = setting(1e-5, "Adam's learning rate", 0)
+    learning_rate: float = setting(1e-5, "Adam's learning rate, the highest of each training", 0)
+    schedule: str = setting("constant", "the learning rate within each training: unet.learning_rate", choices=SCHEDULES)
     batch_size: int = setting(32, "images in a training step", 1)
     initial_epochs: int = setting(10, "epochs of the initial training, with augmentation", 1)
-    active_epochs: int = setting(2, "epochs of each iteration's training, without augmentation", 1)
+    active_epochs: int = setting(2, "epochs of each iteration's training", 1)
+    initial_steps: int = setting(0, "steps of the initial training; 0: as many as --initial-epochs makes", 0)
+    active_steps: int = setting(0, "steps of each iteration's training; 0: as many as --active-epochs makes", 0)
+    augment: str = setting("initial", "augment the initial training alone, or all", choices=("initial", "all"))
     rotation: float = setting(40.0, "augmentation: rotation by up to so many degrees, either way", 0)
     width_shift: float = setting(0.2, "augmentation: shift by up to this share of the width, either way", 0)
 
     iterations: int = setting(9, "rounds of score, query, pseudo-label, train", 0)
     passes: int = setting(20, "T, Monte Carlo dropout predictions of an image", 1)
+    uncertainty: str = setting("variance", "what the map of a pixel's passes holds: unet.mc_dropout", choices=MEASURES)
     distance: str = setting("inside", "the score's weight: ceal.distance_weight", choices=("inside", "both", "none"))
+    query: str = setting("paper", "the three groups, or as many at random of the pool", choices=("paper", "uniform"))
     no_detection: int = setting(10, "oracle queries with the lowest scores, per iteration", 0)
     most_uncertain: int = setting(10, "oracle queries with the highest scores, per iteration", 0)
     random: int = setting(15, "oracle queries at random, per iteration", 0)
@@ -209,55 +222,6 @@ def check(config):
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def augmentation(config, seed):
-    """Keras layers that rotate, shift and mirror a batch (N, H, W, C) float32, each image in its own way."""
-    layers = keras.layers
-    return keras.Sequential(
-        [
-            layers.RandomRotation(config.rotation / 360, fill_mode="nearest", seed=derived_seed(seed, "rotation")),
-            layers.RandomTranslation(0.0, config.width_shift, fill_mode="nearest", seed=derived_seed(seed, "shift")),
-            layers.RandomFlip("horizontal", seed=derived_seed(seed, "flip")),
-        ]
-    )
-
-
-def training_batches(read, first, last, augment=None):
-    """A tf.data.Dataset of the batches `first` to `last` - 1, each made while the step before is computed.
-
-    read: the number of a batch -> images, float32 (b, H, W, C), normalised, and targets, float32 (b, H, W, 1) in
-    [0, 1]. With `augment` (a keras.Sequential) image and mask are moved together, the mask being one more channel of
-    the image while they move. How depends on the batch's number alone, not on where the training began.
-    """
-    shapes = [(None, *array.shape[1:]) for array in read(first)]
-
-    def batch(number):
-        pictures, masks = map(tf.ensure_shape, tf.numpy_function(read, [number], (tf.float32, tf.float32)), shapes)
-        if augment:
-            for layer in augment.layers:
-                restart(layer.generator, layer.seed, 100 * number)  # a layer may draw several times
-            moved = augment(tf.concat([pictures, masks], -1), training=True)
-            pictures, masks = moved[..., :-1], tf.round(moved[..., -1:])
-        return pictures, masks
-
-    # The layers' random state makes the map sequential; its operations use all cores.
-    return tf.data.Dataset.range(first, last).map(batch).prefetch(2)
-
-
-def restart(generator, seed, number):
-    """Let a keras.random.SeedGenerator go on from these two."""
-    generator.state.assign(tf.cast(tf.stack([tf.cast(seed, tf.int64), number]), generator.state.dtype))
-
-
-def training_step(model):
-    """A compiled function (images, targets) that trains the model on this batch, of which each device has a share."""
-
-    @tf.function(reduce_retracing=True, jit_compile=model.jit_compile)
-    def step(images, targets):
-        model.distribute_strategy.run(model.train_step, ((images, targets),))
-
-    return step
-
-
 class Trainer:
     """The network of a run with what it needs to see: its data and their normalisation."""
 
@@ -292,14 +256,16 @@ class Trainer:
 
     def steps(self, positions, iteration):
         """The number of training steps in an epoch and in the whole training of this iteration."""
-        epoch = -(-len(positions) // self.config.batch_size)
-        return epoch, epoch * (self.config.active_epochs if iteration else self.config.initial_epochs)
+        config, epoch = self.config, -(-len(positions) // self.config.batch_size)
+        if iteration:
+            return epoch, config.active_steps or epoch * config.active_epochs
+        return epoch, config.initial_steps or epoch * config.initial_epochs
 
     def batches(self, positions, labels, iteration, first=0):
         """The `training_batches` from number `first` on of these images with their labels, a list of (H, W) in
-        [0, 1]; augmented if iteration is 0. Each epoch has an order of its own, and its batches differ in size by one
-        at most: no step on a few images, and a share for every device. Images are read from the data file batch by
-        batch, so that memory does not limit their number."""
+        [0, 1]; augmented if iteration is 0, or always with --augment all. Each epoch has an order of its own, and its
+        batches differ in size by one at most: no step on a few images, and a share for every device. Images are read
+        from the data file batch by batch, so that memory does not limit their number."""
         seed, count = derived_seed(self.config.seed, iteration, "training"), len(positions)
         epoch_steps, last = self.steps(positions, iteration)
 
@@ -310,7 +276,9 @@ class Trainer:
             targets = np.stack([labels[n] for n in numbers], dtype=np.float32)[..., None]
             return self.images(positions[numbers]), targets
 
-        return training_batches(read, first, last, None if iteration else augmentation(self.config, seed))
+        augmented = iteration == 0 or self.config.augment == "all"
+        augment = augmentation(self.config.rotation, self.config.width_shift, seed) if augmented else None
+        return training_batches(read, first, last, augment)
 
     def load(self, path):
         """Go on from the weights, and the optimizer's state, that an iteration left."""
@@ -327,15 +295,18 @@ class Trainer:
         steps = track(batches, f"iteration {iteration}: training steps", last - first)
         for number, batch in enumerate(steps, first):
             restart(dropout, dropout_seed, number)
+            rate = learning_rate(self.config.schedule, number / last)
+            self.model.optimizer.learning_rate = self.config.learning_rate * rate
             self.step(*share_out(self.model.distribute_strategy, *batch))
             self.checkpoint.save_now_and_then(iteration, number + 1)
 
     def uncertainty(self, positions, iteration, images=None):
-        """Mean and variance of the iteration's Monte Carlo passes: float32 (n, H, W) each. images: the data set's at
-        these positions, where they have been read already."""
+        """Mean and uncertainty map of the iteration's Monte Carlo passes: float32 (n, H, W) each. images: the data
+        set's at these positions, where they have been read already."""
         images = self.dataset.images(positions) if images is None else images
-        seed = derived_seed(self.config.seed, iteration, "passes")
-        return mc_dropout(self.model, images, self.config.passes, seed, keys=positions, mean=self.mean, std=self.std)
+        passes, seed = self.config.passes, derived_seed(self.config.seed, iteration, "passes")
+        normalisation, measure = {"mean": self.mean, "std": self.std}, self.config.uncertainty
+        return mc_dropout(self.model, images, passes, seed, keys=positions, measure=measure, **normalisation)
 
     def score(self, pool, iteration, record=None):
         """Score and Dice of each unlabelled image of the ceal.Pool: float64 (n,) both, in the order of
@@ -348,8 +319,8 @@ class Trainer:
             return positions, self.dataset.images(positions)
 
         def rate(maps):
-            positions, mean, variance = maps
-            scores = [ceal.uncertainty_score(v, m, self.config.distance) for v, m in zip(variance, mean)]
+            positions, mean, uncertainty = maps
+            scores = [ceal.uncertainty_score(u, m, self.config.distance) for u, m in zip(uncertainty, mean)]
             return scores, segmentation_metrics(self.dataset.masks(positions), mean > 0.5)["dice"].tolist()
 
         done = read_record(record, iteration)
@@ -369,7 +340,8 @@ class Trainer:
         return self.model.predict(self.images(positions), verbose=0)[..., 0]
 
     def evaluate(self, positions):
-        """Mean over these images of each metric at a threshold of 0.5, a dict; warns of a collapsed network."""
+        """Each metric at a threshold of 0.5 of each of these images, a dict of float64 (n,); warns of a collapsed
+        network."""
         metrics, lesion = [], []
         for some in in_chunks(positions, 64):
             prediction = self.predict(some) > 0.5
@@ -377,7 +349,7 @@ class Trainer:
             lesion.append(prediction.mean())
         if max(lesion) == 0 or min(lesion) == 1:
             print(f"warning: the network calls every pixel {'skin' if max(lesion) == 0 else 'lesion'}: it collapsed")
-        return {name: float(np.concatenate([m[name] for m in metrics]).mean()) for name in metrics[0]}
+        return {name: np.concatenate([m[name] for m in metrics]) for name in metrics[0]}
 
 
 def read_record(record, iteration):
@@ -398,37 +370,6 @@ def read_record(record, iteration):
             end += len(line)
         file.truncate(end)
     return chunks
-
-
-class Checkpoint:
-    """A training under way, in a file of the run's folder: the network, the optimizer and the steps done."""
-
-    EVERY = 60  # seconds: what a crash costs at most
-
-    def __init__(self, model, run):
-        self.model, self.path, self.saved = model, run / ".training.weights.h5", time.monotonic()
-
-    def save_now_and_then(self, iteration, steps):
-        """Save if the last time is long ago."""
-        if time.monotonic() - self.saved > self.EVERY:
-            with whole_file(self.path) as partial:
-                self.model.save_weights(partial)
-                with h5py.File(partial, "a") as file:
-                    file.attrs.update(iteration=iteration, steps=steps)
-            self.saved = time.monotonic()
-
-    def load(self, iteration):
-        """Put the model where this iteration's training was; returns the steps done, 0 if there is no such file."""
-        self.saved = time.monotonic()
-        try:
-            with h5py.File(self.path) as file:
-                found, steps = file.attrs["iteration"], int(file.attrs["steps"])
-        except FileNotFoundError:
-            return 0
-        if found != iteration:
-            return 0
-        self.model.load_weights(self.path)
-        return steps
 
 
 def in_chunks(positions, size):
@@ -480,9 +421,12 @@ def run_iteration(trainer, pool, oracle, iteration, folder):
     seconds_training = time.monotonic() - started
     save_unet(trainer.model, folder / "model.weights.h5", trainer.mean, trainer.std)
     metrics = trainer.evaluate(pool.test)
+    columns = zip(*(metrics[m].round(6) for m in METRICS))
+    rows = ((id, *values) for id, values in zip(trainer.dataset.ids[pool.test], columns))
+    write_csv(folder / "test.csv", ["id", *METRICS], rows)
     counts = iteration, pool.annotations, len(pseudo)
     seconds = f"{seconds_scoring:.1f}", f"{seconds_training:.1f}"
-    row = dict(zip(HISTORY, [*counts, *(f"{metrics[m]:.6f}" for m in METRICS), *seconds]))
+    row = dict(zip(HISTORY, [*counts, *(f"{metrics[m].mean():.6f}" for m in METRICS), *seconds]))
     write_csv(folder / "history.csv", HISTORY, [row.values()])
     return row
 
@@ -518,31 +462,41 @@ def finished_iterations(run, dataset, pool, oracle):
 def query(trainer, pool, oracle, iteration, folder):
     """Score the pool, ask the oracle, and let the network label what it is sure of.
 
-    Writes scores.csv, queries.csv and the figures. Returns the positions with pseudo-labels, these labels, a list
-    of float32 (H, W), and the seconds that scoring took.
+    Writes queries.csv and, where the choice rests on scores, scores.csv and the figures. Returns the positions with
+    pseudo-labels, these labels, a list of float32 (H, W), and the seconds that scoring took.
     """
-    config, dataset, started = trainer.config, trainer.dataset, time.monotonic()
+    config, ids, started = trainer.config, trainer.dataset.ids[pool.unlabelled], time.monotonic()
     candidates = pool.unlabelled
-    scores, dice = trainer.score(pool, iteration, trainer.record)
-    seconds = time.monotonic() - started
-
-    rng = np.random.default_rng(derived_seed(config.seed, iteration, "queries"))
-    groups = ceal.select_queries(scores, rng, config.no_detection, config.most_uncertain, config.random)
-    queried = candidates[np.concatenate(list(groups.values()))]
     count = ceal.pseudo_label_count(iteration, config.pseudo_start, config.pseudo_first, config.pseudo_step)
-    groups["pseudo"] = ceal.select_pseudo_labels(scores, rng, count, exclude=np.concatenate(list(groups.values())))
-    pseudo = candidates[groups["pseudo"]]
+    scored = config.query == "paper" or count > 0
+    scores, dice = trainer.score(pool, iteration, trainer.record) if scored else (np.zeros(len(candidates)), None)
+    seconds = time.monotonic() - started if scored else 0.0
+
+    groups = choose(config, scores, iteration, count)
+    pseudo, queried = candidates[groups["pseudo"]], candidates[np.concatenate(list(groups.values())[:-1])]
     pseudo_labels = list(trainer.predict(pseudo)) if len(pseudo) else []
 
-    ids = dataset.ids[candidates]
-    write_csv(folder / "scores.csv", ["id", "uncertainty", "dice"], zip(ids, scores, dice))
     rows = [(ids[at], group) for group, chosen in groups.items() for at in chosen]
     write_csv(folder / "queries.csv", ["id", "group"], rows)
-    figure_scores(scores, dice, groups, folder / "scores.png")
-    draw_examples(trainer, candidates, scores, dice, groups, iteration, folder / "examples.png")
+    if scored:
+        write_csv(folder / "scores.csv", ["id", "uncertainty", "dice"], zip(ids, scores, dice))
+        figure_scores(scores, dice, groups, folder / "scores.png")
+        draw_examples(trainer, candidates, scores, dice, groups, iteration, folder / "examples.png")
 
     pool.annotate(queried, oracle.annotate(queried))
     return pseudo, pseudo_labels, seconds
+
+
+def choose(config, scores, iteration, pseudo_labels):
+    """Whom to ask about, and then whom to pseudo-label: a dict of group to positions in `scores`, `pseudo` last."""
+    rng = np.random.default_rng(derived_seed(config.seed, iteration, "queries"))
+    asked = config.no_detection, config.most_uncertain, config.random
+    if config.query == "uniform":
+        groups = {"random": ceal.select_uniform(len(scores), rng, sum(asked))}
+    else:
+        groups = ceal.select_queries(scores, rng, *asked)
+    queried = np.concatenate(list(groups.values()))
+    return {**groups, "pseudo": ceal.select_pseudo_labels(scores, rng, pseudo_labels, exclude=queried)}
 
 
 def draw_examples(trainer, candidates, scores, dice, groups, iteration, path, each=2):

@@ -12,7 +12,7 @@ from conftest import ROOT, blobs, write_blobs
 import train
 import unet
 from data import Dataset, split
-from unet import load_unet, mc_dropout
+from unet import augmentation, load_unet, mc_dropout, training_batches
 from utils import UserError, derived_seed, read_csv, segmentation_metrics
 
 TINY = "--filters 8 --initial 16 --pool 30 --test 10 --initial-epochs 15 --active-epochs 2 --batch-size 4 --passes 3"
@@ -89,7 +89,7 @@ def test_a_run_holds_what_another_program_needs(a_run, dataset):
         "history.csv",
         *(f"iteration_0{k}" for k in range(4)),
     ]
-    assert sorted(p.name for p in (run / "iteration_00").iterdir()) == ["history.csv", "model.weights.h5"]
+    assert sorted(p.name for p in (run / "iteration_00").iterdir()) == ["history.csv", "model.weights.h5", "test.csv"]
     assert sorted(p.name for p in (run / "iteration_02").iterdir()) == [
         "examples.png",
         "history.csv",
@@ -97,6 +97,7 @@ def test_a_run_holds_what_another_program_needs(a_run, dataset):
         "queries.csv",
         "scores.csv",
         "scores.png",
+        "test.csv",
     ]
     config = json.loads((run / "config.json").read_text())
     assert (config["preset"], config["passes"], config["dropout"]) == ("paper", 3, 0.5)
@@ -264,14 +265,13 @@ def batches_of(images, targets, batch_size, augment=None):
         batch = slice(number * batch_size, (number + 1) * batch_size)
         return images[batch], targets[batch]
 
-    return train.training_batches(read, 0, -(-len(images) // batch_size), augment)
+    return training_batches(read, 0, -(-len(images) // batch_size), augment)
 
 
 def test_image_and_mask_are_moved_together():
     """An image that is its own mask still is after every movement."""
     _, masks = blobs(32, 48, 64)
-    config = train.Config(rotation=40, width_shift=0.2)
-    batches = batches_of(masks, masks, 8, train.augmentation(config, seed=1))
+    batches = batches_of(masks, masks, 8, augmentation(40, 0.2, seed=1))
     moved, areas = 0, []
     for images, targets in batches:
         images, targets = images.numpy(), targets.numpy()
@@ -288,8 +288,8 @@ def test_augmentation_reaches_as_far_as_it_says_and_no_further():
     bar = np.zeros((400, 65, 65, 1), np.float32)
     bar[:, 12:53, 32] = 1
 
-    def centre(config, seed=2):
-        batches = batches_of(bar, bar, 400, train.augmentation(config, seed))
+    def centre(rotation, width_shift):
+        batches = batches_of(bar, bar, 400, augmentation(rotation, width_shift, seed=2))
         ((images, _),) = [(i.numpy()[..., 0], t) for i, t in batches]
         y, x = np.mgrid[:65, :65]
         weight = images / images.sum((1, 2), keepdims=True)
@@ -298,9 +298,9 @@ def test_augmentation_reaches_as_far_as_it_says_and_no_further():
         spread = (weight * (y - mean_y[:, None, None]) ** 2).sum((1, 2))
         return mean_x - 32, np.degrees(np.arctan(covariance / spread))
 
-    shift, _ = centre(train.Config(rotation=0, width_shift=0.2))
+    shift, _ = centre(0, 0.2)
     assert 12 < np.abs(shift).max() <= 13.1
-    shift, angle = centre(train.Config(rotation=40, width_shift=0))
+    shift, angle = centre(40, 0)
     assert np.abs(shift).max() < 0.6
     assert 35 < np.abs(angle).max() <= 40.5
     assert (angle > 5).any()
@@ -310,8 +310,7 @@ def test_augmentation_reaches_as_far_as_it_says_and_no_further():
 def test_half_of_the_images_are_mirrored():
     images = np.zeros((400, 16, 16, 1), np.float32)
     images[:, 4:12, 2:5] = 1
-    config = train.Config(rotation=0, width_shift=0)
-    ((moved, _),) = batches_of(images, images, 400, train.augmentation(config, 3))
+    ((moved, _),) = batches_of(images, images, 400, augmentation(0, 0, seed=3))
     mirrored = (moved.numpy()[:, ::1, ::-1] == images).all((1, 2, 3))
     assert 150 < mirrored.sum() < 250
     assert ((moved.numpy() == images).all((1, 2, 3)) | mirrored).all()
