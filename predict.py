@@ -18,7 +18,7 @@ from skimage.segmentation import find_boundaries
 from ceal import uncertainty_score
 from data import NOT_AN_IMAGE, SUFFIXES, normalise, read_image
 from unet import PRECISIONS, load_unet, mc_dropout, print_devices
-from utils import UserError, map_in_order, progress_bar, run_command, whole_file, write_csv
+from utils import UserError, map_in_order, progress_bar, resize_map, run_command, whole_file, write_csv
 
 BATCH = 16
 
@@ -54,11 +54,6 @@ def read(path, settings):
         return path, *read_image(path, settings["height"], settings["width"], settings["channels"])
     except UserError as error:
         return path, error, None
-
-
-def resize_map(values, size):
-    """A float32 map (H, W) at the size (height, width), linearly interpolated."""
-    return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def save_png(pixels, path):
