@@ -485,8 +485,9 @@ class Split(NamedTuple):
 def split(dataset, initial=600, pool=1000, test=400, seed=SPLIT_SEED):
     """The paper's split of the dataset's training part, drawn by `seed`: a Split of sorted positions.
 
-    Where some images have no mask, those for test and then the labelled ones are drawn first, from those that have one:
-    test images always have, labelled ones as far as there are enough. Near-duplicates are on one side.
+    The test images depend on the seed and their number alone, so that results with more or fewer labels compare. Where
+    some images have no mask, those for test and then the labelled ones are drawn from those that have one: the test
+    images all have, the labelled ones as far as there are enough. Near-duplicates are on one side.
     Raises UserError if there are fewer images, or fewer with a mask, than asked for.
     """
     candidates = np.flatnonzero(dataset.part == "train")
@@ -497,33 +498,33 @@ def split(dataset, initial=600, pool=1000, test=400, seed=SPLIT_SEED):
             f"pool + {test} for test; lower --initial, --pool or --test"
         )
     order = np.random.default_rng(seed).permutation(candidates)
-    side = np.repeat(range(4), [initial, pool, test, unused])
-    has_mask = dataset.has_mask[order]
-    if not has_mask.all():
-        if has_mask.sum() < test:
-            raise UserError(
-                f"{dataset.path} has {has_mask.sum()} training images with a mask, too few for {test} for test; lower "
-                "--test (0: no test), or give data.py the masks of more"
-            )
-        tested = order[has_mask][:test]
-        others = order[~np.isin(order, tested)]
-        labelled = others[np.argsort(~dataset.has_mask[others], kind="stable")][:initial]
-        rest = others[~np.isin(others, labelled)]
-        order = np.concatenate([labelled, rest[:pool], tested, rest[pool:]])
-    _join_near_duplicates(dataset, order, side)
+    drawn = order[dataset.has_mask[order]]
+    if len(drawn) < test:
+        raise UserError(
+            f"{dataset.path} has {len(drawn)} training images with a mask, too few for {test} for test; lower --test "
+            "(0: no test), or give data.py the masks of more"
+        )
+    tested = drawn[len(drawn) - test :]
+    others = order[~np.isin(order, tested)]
+    labelled = others[np.argsort(~dataset.has_mask[others], kind="stable")][:initial]
+    order = np.concatenate([labelled, others[~np.isin(others, labelled)], tested])
+    side = np.repeat([0, 1, 3, 2], [initial, pool, unused, test])
+    _join_near_duplicates(dataset, order, side == 2, side == 2)
+    _join_near_duplicates(dataset, order, side, side == 2)
     return Split(*(np.sort(order[side == number]) for number in range(3)))
 
 
-def _join_near_duplicates(dataset, order, side):
-    """Exchange positions within `order`, in place, until both of each pair have the same `side`."""
+def _join_near_duplicates(dataset, order, side, in_test):
+    """Exchange positions within `order`, in place, until both of each pair have the same `side`. in_test: bool (N,),
+    the places of the test images, which keep to those with a mask."""
     place = {id: k for k, id in enumerate(dataset.ids[order]) if any(id in pair for pair in NEAR_DUPLICATES)}
     for pair in NEAR_DUPLICATES:
         if not place.keys() >= set(pair) or side[place[pair[0]]] == side[place[pair[1]]]:
             continue
         larger, smaller = sorted((place[id] for id in pair), key=lambda k: -np.sum(side == side[k]))
-        for target in dict.fromkeys([side[larger], side[smaller], *range(4)]):
+        for target in dict.fromkeys([side[larger], side[smaller], *np.unique(side[~in_test])]):
             moved = order.copy()
-            if all(_move(dataset, moved, side, k, target) for k in (larger, smaller) if side[k] != target):
+            if all(_move(dataset, moved, side, in_test, k, target) for k in (larger, smaller) if side[k] != target):
                 order[:] = moved
                 break
         else:
@@ -532,17 +533,14 @@ def _join_near_duplicates(dataset, order, side):
             )
 
 
-def _move(dataset, order, side, place, target):
+def _move(dataset, order, side, in_test, place, target):
     """Exchange what is at this place of `order` with something on the side `target`; returns whether that can be.
 
     What is exchanged is no other near-duplicate, and not without a mask if it comes to test; if possible, it has a mask
     if the first has one."""
-    has_mask, test = dataset.has_mask[order], Split._fields.index("test")
+    has_mask = dataset.has_mask[order]
     free = (side == target) & ~np.isin(dataset.ids[order], [id for pair in NEAR_DUPLICATES for id in pair])
-    if side[place] == test:
-        free &= has_mask
-    if target == test:
-        free &= has_mask[place]
+    free &= (has_mask | ~in_test[place]) & (has_mask[place] | ~in_test)
     free = np.flatnonzero(free)
     if not len(free):
         return False

@@ -86,7 +86,7 @@ class Config:
 
     split_seed: int = setting(SPLIT_SEED, "the split's own seed; keep it, so that results compare", 0)
     initial: int = setting(600, "images labelled from the start", 1)
-    pool: int = setting(1000, "unlabelled images that the oracle can be asked about", 1)
+    pool: int = setting(1000, "unlabelled images that the oracle can be asked about", 0)
     test: int = setting(400, "test images: never scored, asked about or trained on; 0: nothing is measured", 0)
     oracle: str = setting(
         "simulated", "who is asked: the masks in the data file, or a person", choices=("simulated", "folder")

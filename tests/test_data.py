@@ -537,6 +537,14 @@ def test_the_papers_split_is_of_training_images_and_depends_on_its_seed_only():
     assert 100 < len(set(split.initial) & set(other.initial)) < 260  # 180 = 600 * 600 / 2000 by chance
 
 
+def test_the_test_images_do_not_depend_on_how_many_are_labelled_or_in_the_pool():
+    dataset = fake_dataset(2000)
+    for seed in range(50):
+        splits = [data.split(dataset, *n, 400, seed) for n in ((600, 1000), (100, 1500), (1600, 0), (100, 500))]
+        for other in splits[1:]:
+            np.testing.assert_array_equal(other.test, splits[0].test)
+
+
 @pytest.mark.parametrize("unused", [0, 8])
 @pytest.mark.parametrize("counts", [(600, 1000, 400), (7, 1001, 13), (0, 1990, 10), (6, 6, 6), (8, 9, 7), (12, 0, 12)])
 def test_near_duplicates_are_on_one_side(counts, unused):

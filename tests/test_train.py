@@ -211,6 +211,27 @@ def test_the_plain_sampler_gives_the_same_run(a_run, dataset, tmp_path, monkeypa
         assert [float(a[name]) for name in train.METRICS] == pytest.approx([float(b[name]) for name in train.METRICS])
 
 
+def test_uniform_queries_need_no_scores_until_there_are_pseudo_labels(dataset, tmp_path, monkeypatch):
+    run = tmp_path / "r"
+    arguments = f"train.py --data {dataset.path} --run {run} --iterations 2 {TINY} {QUERIES} --query uniform"
+    monkeypatch.setattr("sys.argv", arguments.split())
+    train.main()
+    assert not (run / "iteration_01" / "scores.csv").exists()
+    assert {row["group"] for row in read_csv(run / "iteration_01" / "queries.csv")} == {"random"}
+    groups = [row["group"] for row in read_csv(run / "iteration_02" / "queries.csv")]
+    assert groups == ["random"] * 7 + ["pseudo"] * 4
+    assert len(read_csv(run / "iteration_02" / "scores.csv")) == 30 - 7
+    assert read_csv(run / "history.csv")[1]["seconds_scoring"] == "0.0"
+
+
+def test_the_test_images_metrics_are_written_one_by_one(a_run, dataset):
+    run, _ = a_run
+    rows, row = read_csv(run / "iteration_03" / "test.csv"), read_csv(run / "history.csv")[-1]
+    assert [r["id"] for r in rows] == dataset.ids[split(dataset, 16, 30, 10).test].tolist()
+    for name in train.METRICS:
+        assert float(row[name]) == pytest.approx(np.mean([float(r[name]) for r in rows]), abs=2e-6)
+
+
 def test_a_pool_that_runs_empty_ends_the_run(dataset, tmp_path, monkeypatch, capsys):
     arguments = f"train.py --data {dataset.path} --run {tmp_path / 'r'} --iterations 9 {TINY} {QUERIES}"
     monkeypatch.setattr("sys.argv", [*arguments.split(), "--random", "14"])
@@ -343,6 +364,32 @@ def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(trainer):
     assert sizes == [3, 3, 4, 3, 4] * 2
     assert sorted(epochs[0]) == sorted(epochs[1]) == positions.tolist()
     assert epochs[0] != epochs[1]
+
+
+def test_steps_take_the_place_of_epochs_where_they_are_given(trainer):
+    positions, labels = np.arange(10), list(trainer.dataset.masks(np.arange(10)))
+    assert [trainer.steps(positions, k) for k in (0, 1)] == [(3, 6), (3, 6)]
+    trainer.config.initial_steps, trainer.config.active_steps = 7, 5
+    assert [len(list(trainer.batches(positions, labels, k))) for k in (0, 1)] == [7, 5]
+
+
+@pytest.mark.parametrize(("augment", "same"), [("initial", True), ("all", False)])
+def test_active_training_is_augmented_only_if_asked(trainer, augment, same):
+    trainer.config.augment = augment
+    positions, labels = np.arange(3), list(trainer.dataset.masks(np.arange(3)))
+    images, _ = next(iter(trainer.batches(positions, labels, 1)))
+    plain = trainer.images(positions)
+    assert all(any((image == other).all() for other in plain) for image in images.numpy()) == same
+
+
+def test_the_learning_rate_follows_the_schedule(trainer, monkeypatch):
+    trainer.config.schedule, rates = "cosine", []
+    monkeypatch.setattr(trainer, "step", lambda *_: rates.append(float(trainer.model.optimizer.learning_rate)))
+    trainer.config.active_steps = 100
+    trainer.fit(np.arange(8), list(trainer.dataset.masks(np.arange(8))), 1)
+    assert max(rates) == pytest.approx(1e-5, rel=0.02)
+    assert rates[0] < 1e-6
+    assert rates[-1] < 1e-8
 
 
 def test_batches_are_the_same_wherever_training_goes_on(trainer):
