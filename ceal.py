@@ -295,7 +295,8 @@ class FolderOracle:
             return
         folder = self.run / "annotate" / f"iteration_{iteration:02d}"
         ids = [self.dataset.ids[position] for positions in groups.values() for position in positions]
-        if ids and not folder.exists():
+        new = bool(ids) and not folder.exists()
+        if new:
             self._write_folder(folder, groups, propose)
             print(f"{folder}: masks of {len(ids)} images are asked for; do as its README.txt says", flush=True)
         while True:
@@ -305,7 +306,7 @@ class FolderOracle:
             if not missing or (self.partial and self._suffice(iteration, ids)):
                 break
             if not self.wait:
-                for id in missing:
+                for id in () if new else missing:
                     print(f"missing: {folder / 'masks' / id}.png")
                 raise Unanswered(bool(wrong))
             print(f"{len(ids) - len(missing)} of {len(ids)} images are answered; watching {folder}", flush=True)

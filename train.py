@@ -428,7 +428,7 @@ def run_loop(config, dataset, parts, run, oracle):
         write_history(history, run)
     forget_choices(config, run, len(history))
     for iteration in range(len(history), config.iterations + 1):
-        if not len(pool.unlabelled):
+        if iteration and not len(pool.unlabelled):
             print(f"the pool is empty: the run ends before iteration {iteration}")
             break
         choice = run / f".queries_{iteration:02d}"
@@ -735,7 +735,7 @@ def main():
             try:
                 history = run_loop(config, dataset, parts, run, oracle)
             except ceal.Unanswered as waiting:
-                print(f"when there are more masks, or with --partial without them, {go_on}")
+                print(f"when more masks are there (or now, with --partial), {go_on}")
                 return 2 if waiting.wrong else 0
     last = run / f"iteration_{history[-1]['iteration']:0>2}"
     results = f"{run}/history.csv and {run}/dice.png hold" if len(parts.test) else f"{run}/history.csv holds"

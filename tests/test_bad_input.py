@@ -74,6 +74,7 @@ CASES = [
         for option in ("--preset papre", "--precision float8", "--devices 2", "--deterministic maybe")
     ),
     *(f"{TRAIN} {option}" for option in ("--distance outside", "--no-such-option 1", "--run")),
+    *(f"{TRAIN} {option}" for option in ("--wait", "--partial", "--oracle human", "--oracle folder --wait --partial")),
     # combinations that make no sense
     f"{TRAIN} --pool 2",
     f"{TRAIN} --no-detection 0 --most-uncertain 0 --random 0",
