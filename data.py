@@ -183,7 +183,7 @@ def open_mask(path, file=None):
     if grey > 0.02:
         raise UserError(f"{path}: not a mask, {grey:.0%} of it is neither black nor white; save it as 0 and 255")
     if set(values) - {0, 255}:
-        threshold = 0 if of_two else 127
+        threshold = 0 if of_two else 128  # where the challenge's scorer cuts
         picture = picture.point([255 * (value > threshold) for value in range(256)])
     return picture
 

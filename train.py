@@ -147,14 +147,16 @@ PRESETS = {
     },
 }
 DEMO_SIZE = {"height": 64, "width": 80, "channels": 1}
+# Of one start of a run, and no settings of it.
+SWITCHES = {"wait": "watch the folder until all is answered", "partial": "go on with what is answered"}
 
 
 def read_config(arguments=None):
-    """The command line as a checked Config, and its switches `wait` and `partial`, a dict of bool.
-
-    The settings are those of the run, if it is there already; else the preset's, then those given. With --force the
-    folder of an earlier run is moved aside."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line as a checked Config: of a run that is there already, its settings; else the preset's, then
+    those given. With --force the folder of an earlier run is moved aside."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     for field in dataclasses.fields(Config):
         special = [f"{name} {values[field.name]}" for name, values in PRESETS.items() if field.name in values]
         defaults = "; ".join([f"default {field.default}", *special])
@@ -167,28 +169,32 @@ def read_config(arguments=None):
             help=f"{field.metadata['help']} ({defaults})",
         )
     parser.add_argument("--force", action="store_true", help="start anew; an earlier run of this name is moved aside")
-    parser.add_argument("--wait", action="store_true", help="--oracle folder: watch the folder until all is answered")
-    parser.add_argument("--partial", action="store_true", help="--oracle folder: go on with what is answered")
-    given = vars(parser.parse_args(arguments))
+    for name, help in SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", help=f"--oracle folder: {help}")
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if name not in SWITCHES}
     force, run = given.pop("force"), Path(given.get("run", "auto"))
-    switches = {name: given.pop(name) for name in ("wait", "partial")}
     if force and run.exists():
         aside = run.with_name(f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         with locked(run):
             run.rename(aside)
         print(f"{run} is now {aside}")
     if (run / "config.json").exists():
-        config = stored_config(run, given)
-    else:
-        config = Config(**{**PRESETS[given.get("preset", "paper")], **given})
-        check(config)
-        if config.run == "auto":
-            config.run = time.strftime(f"runs/{config.preset}-%Y%m%d-%H%M%S")
+        return stored_config(run, given)
+    config = Config(**{**PRESETS[given.get("preset", "paper")], **given})
+    check(config)
+    if config.run == "auto":
+        config.run = time.strftime(f"runs/{config.preset}-%Y%m%d-%H%M%S")
+    return config
+
+
+def read_switches(config):
+    """Which of SWITCHES are given, a dict of bool. Raises UserError if they make no sense."""
+    switches = {name: f"--{name}" in sys.argv for name in SWITCHES}
     if config.oracle == "simulated" and any(switches.values()):
-        raise UserError("--wait and --partial are for a person's answers: give --oracle folder too, or leave them out")
+        raise UserError("--wait and --partial are for a person's answers: give --oracle folder, or leave them out")
     if all(switches.values()):
         raise UserError("--wait is for all answers and --partial for some: give one of them")
-    return config, switches
+    return switches
 
 
 def stored_config(run, given):
@@ -638,12 +644,14 @@ def print_plan(config, dataset, parts):
     size = f"{dataset.height}x{dataset.width}, {dataset.channels} channel(s)"
     print(f"data      {dataset.path}: {dataset.source}, {size}")
     print(f"split     {len(parts.initial)} labelled, {len(parts.pool)} in the pool, {len(parts.test)} for test")
-    steps = -(-len(parts.initial) // config.batch_size)
-    print(f"training  {config.initial_epochs} epochs of {steps} steps at a learning rate of {config.learning_rate:g}")
+    steps = config.initial_steps or config.initial_epochs * -(-len(parts.initial) // config.batch_size)
+    rate = f"a learning rate of {config.learning_rate:g}, {config.schedule}"
+    print(f"training  {steps} steps of up to {config.batch_size} images at {rate}")
     asked = config.no_detection + config.most_uncertain + config.random
     print(
         f"CEAL      {config.iterations} iterations: score the pool in {config.passes} passes, ask for {asked} masks, "
-        f"train {config.active_epochs} epochs; pseudo-labels from iteration {config.pseudo_start}"
+        f"train {f'{config.active_steps} steps' if config.active_steps else f'{config.active_epochs} epochs'}; "
+        f"pseudo-labels from iteration {config.pseudo_start}"
     )
     print(f"run       {config.run}", flush=True)
     if not len(parts.test):
@@ -714,7 +722,8 @@ def begin(config, dataset, run):
 
 def main():
     """The command line."""
-    config, switches = read_config()
+    config = read_config()
+    switches = read_switches(config)
     run = Path(config.run)
     if run.exists() and not (run / "config.json").exists() and not (run.is_dir() and only_ours(run)):
         raise UserError(f"{run} exists already and is no run: give another --run, or move it away")

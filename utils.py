@@ -241,9 +241,12 @@ GROUPS = {
 }
 
 
-def _save(figure, path):
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=150, bbox_inches="tight")
+def save_figure(figure, path, vector=False):
+    """Write a PNG and, if `vector`, a PDF beside it, for print."""
+    for suffix in (".png", ".pdf") if vector else (".png",):
+        with whole_file(Path(path).with_suffix(suffix)) as partial:
+            metadata = {"CreationDate": None} if suffix == ".pdf" else None  # the same figure, the same file
+            figure.savefig(partial, dpi=150, bbox_inches="tight", metadata=metadata)
 
 
 def figure_scores(scores, dice, groups, path):
@@ -271,7 +274,7 @@ def figure_scores(scores, dice, groups, path):
     histogram.hist(scores, 80 if np.ptp(scores) > 1e-12 * max(1, np.max(scores)) else 1, color="0.4")
     histogram.set(xlabel="uncertainty score", ylabel="images", yscale="symlog")
     figure.align_ylabels()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def figure_examples(examples, path):
@@ -302,7 +305,7 @@ def figure_examples(examples, path):
             colors = last.imshow(variance, cmap="magma", vmin=0, vmax=highest)
             last.set_title("uncertainty", fontsize=8)
     figure.colorbar(colors, ax=axes[:, -1], label="variance", shrink=0.7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def figure_history(history, path):
@@ -317,4 +320,4 @@ def figure_history(history, path):
     ax.set(xlabel="annotations", ylabel="Dice on the test images, per image at 0.5")
     ax.set_title("green: trained with pseudo-labels too", fontsize=9)
     ax.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)

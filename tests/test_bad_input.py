@@ -50,12 +50,36 @@ def work(tmp_path, unet_weights, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "of_one").mkdir()
     image.save(tmp_path / "of_one" / "good.jpg")
+    for name, threshold in ("threshold", 2), ("no_number", "high"):
+        (tmp_path / f"{name}.weights.h5").write_bytes(weights)
+        with h5py.File(f"{name}.weights.h5", "r+") as file:
+            file.attrs["unet"] = json.dumps({**json.loads(file.attrs["unet"]), "threshold": threshold})
+    write_bad_truths(tmp_path, draw_row(1, 1, *SIZE))
     return tmp_path
+
+
+def write_bad_truths(folder, row):
+    """A folder of the name for each of TRUTHS."""
+    content = {
+        "grey": row.image[..., 0],
+        "truncated": row.mask * 255,
+        "of_other_size": row.mask[:, 1:] * 255,
+        "no_lesion": row.mask * 0,
+    }
+    for name in TRUTHS:
+        path = folder / name / "good_segmentation.png"
+        path.parent.mkdir()
+        if name in content:
+            Image.fromarray(content[name]).save(path)
+    (folder / "no_picture" / "good_segmentation.png").write_text("no picture")
+    truncated = folder / "truncated" / "good_segmentation.png"
+    truncated.write_bytes(truncated.read_bytes()[:-40])
 
 
 SCRIPTS = {"train": train, "predict": predict, "bench": bench}
 TRAIN = "train --data good.h5 --run r --initial 4 --pool 4 --test 2 --no-detection 1 --most-uncertain 1 --random 1"
 PREDICT = "predict good.png --weights good.weights.h5 --out masks"
+TRUTHS = "grey", "truncated", "of_other_size", "no_lesion", "no_picture"  # folders of bad true masks
 IMAGES = "nowhere.jpg", "folder", "good.png of_one", "empty.jpg", "text.jpg", "deep.png", "good.h5"
 CASES = [
     # settings of the wrong type or out of their range
@@ -92,13 +116,16 @@ CASES = [
     *(f"{PREDICT} {option}" for option in ("--passes 0", "--passes x", "--passes 9999999999999", "--precision half")),
     *(f"{PREDICT} --out {name}" for name in ("good.png", "good.png/x")),
     "predict --weights good.weights.h5 --out masks",
-    "predict good.png --out masks",
-    "predict good.png --weights good.weights.h5",
     # bench.py
     *(
         f"bench {option}"
         for option in ("--weights good.weights.h5", "--preset tiny", "--data nowhere.h5", "--data good.png")
     ),
+    # predict.py as an instrument
+    *(f"{PREDICT} --threshold {value}" for value in ("0", "1", "-0.5", "1.5", "nan", "half")),
+    *(f"{PREDICT} --weights {name}.weights.h5" for name in ("threshold", "no_number")),
+    *(f"{PREDICT} --truth {name}" for name in ("nowhere", "good.png", "folder", "masks", *TRUTHS)),
+    f"{PREDICT} --truth folder --tta yes",
 ]
 # What the sentence names, where it is not the last word.
 NAMED = {
@@ -111,9 +138,8 @@ NAMED = {
     **{f"predict {name} --out masks --weights good.weights.h5": name for name in IMAGES},
     "predict good.png of_one --out masks --weights good.weights.h5": "good.jpg",
     "predict --weights good.weights.h5 --out masks": "INPUT",
-    "predict good.png --out masks": "--weights",
-    "predict good.png --weights good.weights.h5": "--out",
     "bench --weights good.weights.h5": "--weights",
+    f"{PREDICT} --truth folder --tta yes": "yes",
 }
 
 

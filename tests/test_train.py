@@ -349,7 +349,7 @@ def test_without_augmentation_soft_targets_stay_as_they_are():
 @pytest.fixture
 def trainer(dataset):
     options = f"--data {dataset.path} --filters 2 --batch-size 4 --initial-epochs 2 --active-epochs 2"
-    return train.Trainer(train.read_config(options.split())[0], dataset, [128.0], [50.0])
+    return train.Trainer(train.read_config(options.split()), dataset, [128.0], [50.0])
 
 
 def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(trainer):
@@ -405,7 +405,7 @@ def test_batches_are_the_same_wherever_training_goes_on(trainer):
 
 
 def test_the_defaults_are_the_papers():
-    config, _ = train.read_config([])
+    config = train.read_config([])
     expected = {"initial": 600, "pool": 1000, "test": 400, "filters": 32, "dropout": 0.5, "learning_rate": 1e-5}
     expected |= {"batch_size": 32, "initial_epochs": 10, "active_epochs": 2, "iterations": 9, "passes": 20}
     expected |= {"no_detection": 10, "most_uncertain": 10, "random": 15, "rotation": 40, "width_shift": 0.2}
@@ -414,7 +414,7 @@ def test_the_defaults_are_the_papers():
 
 
 def test_an_option_overrides_the_preset():
-    config, _ = train.read_config(["--preset", "quick", "--passes", "7"])
+    config = train.read_config(["--preset", "quick", "--passes", "7"])
     assert (config.passes, config.filters, config.learning_rate) == (7, 16, train.PRESETS["quick"]["learning_rate"])
 
 
