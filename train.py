@@ -123,8 +123,12 @@ PRESETS = {
     "quick": {
         "data": "datasets/isic2017_96x128.h5",
         "filters": 16,
-        "learning_rate": 3e-4,
+        "learning_rate": 1e-3,
+        "schedule": "cosine",
         "batch_size": 8,
+        "initial_steps": 600,
+        "active_steps": 150,
+        "augment": "all",
         "passes": 10,
     },
     "demo": {
