@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from scipy.ndimage import binary_dilation, binary_erosion, distance_transform_edt
 
-from data import UNREADABLE, open_mask, shrink_mask
+from data import FORMATS, UNREADABLE, open_mask, shrink_mask
 from utils import UserError, read_csv, resize_map, whole_file, whole_folder, write_csv
 
 BINS = 80  # of the histogram of scores [C]
@@ -520,9 +520,9 @@ NO_PROPOSALS = """\
 def open_picture(path, content):
     """The picture in a file's content as it is displayed, a Pillow image. Raises UserError if it is unreadable."""
     try:
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-    except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable picture any more ({error}); put back what it was")
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=FORMATS))
+    except UNREADABLE:
+        raise UserError(f"{path}: not a readable picture any more; put back what it was")
 
 
 def draw_overlay(picture, probabilities, uncertainty, longest=1024):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy import fft, ndimage
 
 from utils import UserError, map_in_order, run_command, track, whole_file
@@ -35,6 +35,8 @@ NEAR_DUPLICATES = [
     ("ISIC_0012672", "ISIC_0012673"),
     ("ISIC_0012756", "ISIC_0013184"),
 ]
+# The kinds of picture that are read, whatever their names: Pillow knows others, some of which start a program.
+FORMATS = ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on a bad file
 
 
@@ -141,7 +143,7 @@ def read_image(path, height, width, channels):
     """
     mode = "L" if channels == 1 else "RGB"
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             if picture.mode.startswith(("I", "F")):
                 raise UserError(f"{path}: more than 8 bits per channel; save it with 8")
             turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
@@ -166,14 +168,16 @@ def open_mask(path, file=None):
     file: what to read if it is not `path` itself, a file object.
     """
     try:
-        with Image.open(file or path) as picture:
-            if picture.format in ("JPEG", "MPO"):
+        with Image.open(file or path, formats=FORMATS) as picture:
+            if picture.format in ("JPEG", "MPO", "JPEG2000"):
                 raise UserError(f"{path}: a JPEG blurs a mask's outline; save the mask as PNG")
             if getattr(picture, "n_frames", 1) > 1:
                 raise UserError(f"{path}: {picture.n_frames} pages; save the mask as one picture without layers")
             picture.load()
             ImageOps.exif_transpose(picture, in_place=True)
             picture = picture if picture.mode == "L" else _in_grey(picture)  # which would copy many megapixels
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not a readable picture, or of an unknown kind; save the mask as PNG")
     except UNREADABLE as error:
         raise UserError(f"{path}: not a readable picture ({error}); get or export it again")
     counts = np.array(picture.histogram())
