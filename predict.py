@@ -24,12 +24,19 @@ from skimage.measure import label, regionprops
 from skimage.segmentation import find_boundaries
 
 from ceal import uncertainty_score
-from data import normalise, read_image, read_mask
+from data import NOT_AN_IMAGE, SUFFIXES, normalise, read_image, read_mask
 from unet import PRECISIONS, load_unet, mc_dropout, print_devices
-from utils import UserError, map_in_order, progress_bar, run_command, segmentation_metrics, whole_file, write_csv
+from utils import (
+    UserError,
+    map_in_order,
+    progress_bar,
+    resize_map,
+    run_command,
+    segmentation_metrics,
+    whole_file,
+    write_csv,
+)
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-NOT_AN_IMAGE = ("_superpixels", "_segmentation")  # what ISIC's folders hold beside the images
 SHIPPED = [Path(__file__).parent / "weights" / f"{name}.weights.h5" for name in ("best", "paper")]  # the best first
 MIRRORS = ((), (1,), (2,), (1, 2))  # the axes of (N, H, W, C) that are reversed; the first: the image as it is
 BATCH = 16
@@ -132,11 +139,6 @@ def read(path, settings):
         return path, *read_image(path, settings["height"], settings["width"], settings["channels"])
     except UserError as error:
         return path, error, None
-
-
-def resize_map(values, size):
-    """A float32 map (H, W) at the size (height, width), linearly interpolated."""
-    return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def save_png(pixels, path):

@@ -87,7 +87,10 @@ class Config:
     split_seed: int = setting(SPLIT_SEED, "the split's own seed; keep it, so that results compare", 0)
     initial: int = setting(600, "images labelled from the start", 1)
     pool: int = setting(1000, "unlabelled images that the oracle can be asked about", 0)
-    test: int = setting(400, "test images: never scored, asked about or trained on", 1)
+    test: int = setting(400, "test images: never scored, asked about or trained on; 0: nothing is measured", 0)
+    oracle: str = setting(
+        "simulated", "who is asked: the masks in the data file, or a person", choices=("simulated", "folder")
+    )
 
     filters: int = setting(32, "filters of the network's first level, doubled at each of four more", 1)
     dropout: float = setting(0.5, "share of the bottleneck dropped, in training and in Monte Carlo passes", 0)
@@ -150,6 +153,8 @@ PRESETS = {
     },
 }
 DEMO_SIZE = {"height": 64, "width": 80, "channels": 1}
+# Of one start of a run, and no settings of it.
+SWITCHES = {"wait": "watch the folder until all is answered", "partial": "go on with what is answered"}
 
 
 def read_config(arguments=None):
@@ -170,7 +175,9 @@ def read_config(arguments=None):
             help=f"{field.metadata['help']} ({defaults})",
         )
     parser.add_argument("--force", action="store_true", help="start anew; an earlier run of this name is moved aside")
-    given = vars(parser.parse_args(arguments))
+    for name, help in SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", help=f"--oracle folder: {help}")
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if name not in SWITCHES}
     force, run = given.pop("force"), Path(given.get("run", "auto"))
     if force and run.exists():
         aside = run.with_name(f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -184,6 +191,16 @@ def read_config(arguments=None):
     if config.run == "auto":
         config.run = time.strftime(f"runs/{config.preset}-%Y%m%d-%H%M%S")
     return config
+
+
+def read_switches(config):
+    """Which of SWITCHES are given, a dict of bool. Raises UserError if they make no sense."""
+    switches = {name: f"--{name}" in sys.argv for name in SWITCHES}
+    if config.oracle == "simulated" and any(switches.values()):
+        raise UserError("--wait and --partial are for a person's answers: give --oracle folder, or leave them out")
+    if all(switches.values()):
+        raise UserError("--wait is for all answers and --partial for some: give one of them")
+    return switches
 
 
 def stored_config(run, given):
@@ -319,7 +336,8 @@ class Trainer:
 
     def score(self, pool, iteration, record=None):
         """Score and Dice of each unlabelled image of the ceal.Pool: float64 (n,) both, in the order of
-        `pool.unlabelled`. The prediction that both rest on is the mean of the passes.
+        `pool.unlabelled`; a Dice is NaN where there is no mask. The prediction that both rest on is the mean of the
+        passes.
 
         A chunk's images are read before, and its maps rated after, while other chunks are in the network. record: a
         file that takes what has been scored, so that a scoring that was interrupted goes on."""
@@ -330,7 +348,8 @@ class Trainer:
         def rate(maps):
             positions, mean, uncertainty = maps
             scores = [ceal.uncertainty_score(u, m, self.config.distance) for u, m in zip(uncertainty, mean)]
-            return scores, segmentation_metrics(self.dataset.masks(positions), mean > 0.5)["dice"].tolist()
+            dice = segmentation_metrics(self.dataset.masks(positions), mean > 0.5)["dice"]
+            return scores, np.where(self.dataset.has_mask[positions], dice, np.nan).tolist()
 
         done = read_record(record, iteration)
         chunks = in_chunks(pool.unlabelled, self.chunk)[len(done) :]
@@ -344,13 +363,20 @@ class Trainer:
         scores, dice = (np.concatenate(values) for values in zip(*done))
         return scores, dice
 
+    def proposals(self, positions, iteration):
+        """Yield the (mean, uncertainty map), float32 (H, W), of `uncertainty` for each of these positions."""
+        for some in in_chunks(positions, self.chunk):
+            yield from zip(*self.uncertainty(some, iteration))
+
     def predict(self, positions):
         """The network's probabilities with dropout off, float32 (n, H, W)."""
         return self.model.predict(self.images(positions), verbose=0)[..., 0]
 
     def evaluate(self, positions):
-        """Each metric at a threshold of 0.5 of each of these images, a dict of float64 (n,); warns of a collapsed
-        network."""
+        """Each metric at a threshold of 0.5 of each of these images, a dict of float64 (n,), empty without images;
+        warns of a collapsed network."""
+        if not len(positions):
+            return {}
         metrics, lesion = [], []
         for some in in_chunks(positions, 64):
             prediction = self.predict(some) > 0.5
@@ -393,72 +419,151 @@ METRICS = ["dice", "jaccard", "sensitivity", "specificity", "accuracy", "thresho
 HISTORY = ["iteration", "annotations", "pseudo_labels", *METRICS, "seconds_scoring", "seconds_training"]
 
 
-def run_loop(config, dataset, parts, run):
+INITIAL = "initial"  # the group of the images that are asked for before the first training
+
+
+def run_loop(config, dataset, parts, run, oracle):
     """The initial training, then score -> query -> pseudo-label -> train -> evaluate, each iteration in its folder.
 
-    Iterations whose folders are there already are taken from them. Returns the rows of history.csv, a list of dict."""
+    Iterations whose folders are there already are taken from them. Returns the rows of history.csv, a list of dict.
+    Raises ceal.Unanswered if the run has to wait for the oracle."""
     mean, std = normalisation(dataset, np.concatenate([parts.initial, parts.pool]))
     trainer = Trainer(config, dataset, mean, std)
-    oracle = ceal.SimulatedOracle(dataset.masks)
-    pool = ceal.Pool(parts.initial, oracle.annotate(parts.initial), parts.pool, parts.test)
+    has_mask = dataset.has_mask[parts.initial]
+    labelled, to_ask = parts.initial[has_mask], parts.initial[~has_mask]
+    pool = ceal.Pool(labelled, dataset.masks(labelled), np.concatenate([parts.pool, to_ask]), parts.test)
+    oracle.collect()
     history = finished_iterations(run, dataset, pool, oracle)
     if history:
         last = run / f"iteration_{len(history) - 1:02d}" / "model.weights.h5"
         trainer.load(last)
         print(f"{len(history)} iterations are done already, up to {last.parent}", flush=True)
         write_history(history, run)
+    forget_choices(config, run, len(history))
     for iteration in range(len(history), config.iterations + 1):
         if iteration and not len(pool.unlabelled):
             print(f"the pool is empty: the run ends before iteration {iteration}")
             break
+        choice = run / f".queries_{iteration:02d}"
+        if not choice.exists():
+            decide(trainer, pool, oracle, to_ask, iteration, choice)
+        pseudo = ask(trainer, pool, oracle, iteration, choice)
         with whole_folder(run / f"iteration_{iteration:02d}") as folder:
-            history.append(run_iteration(trainer, pool, oracle, iteration, folder))
+            history.append(run_iteration(trainer, pool, pseudo, iteration, choice, folder))
         for leftover in trainer.leftovers:
             leftover.unlink(missing_ok=True)
+        forget_choices(config, run, len(history))
         write_history(history, run)
         print_iteration(history[-1])
     return history
 
 
-def run_iteration(trainer, pool, oracle, iteration, folder):
-    """One iteration, written to `folder`; returns its row of history.csv, a dict."""
-    pseudo, pseudo_labels, seconds_scoring = [], [], 0.0
-    if iteration:
-        pseudo, pseudo_labels, seconds_scoring = query(trainer, pool, oracle, iteration, folder)
+def decide(trainer, pool, oracle, to_ask, iteration, choice):
+    """Choose whom to ask about: the images `to_ask` before the first training, later as `query` does. What is chosen is
+    in the folder `choice` then, whole, so that it is never drawn twice."""
+    with whole_folder(choice) as folder:
+        if iteration:
+            query(trainer, pool, oracle, iteration, folder)
+        elif len(to_ask):
+            write_queries(trainer.dataset.ids, {INITIAL: to_ask}, folder)
+
+
+def ask(trainer, pool, oracle, iteration, choice):
+    """Put what the oracle answers into the ceal.Pool; returns the positions to pseudo-label."""
+    try:
+        groups = read_queries(choice, iteration, trainer.dataset)
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{choice}: not as train.py wrote it ({error}); remove it to choose anew")
+    asked = {group: positions for group, positions in groups.items() if group != "pseudo"}
+    oracle.ask(iteration, asked, (lambda positions: trainer.proposals(positions, iteration)) if iteration else None)
+    pseudo = annotate(pool, oracle, iteration, groups)
+    if not pool.annotations:
+        raise UserError(
+            f"{choice.parent}: every image of --initial was rejected, and nothing can be trained; begin another run, "
+            "with more of them or another --split-seed"
+        )
+    return pseudo
+
+
+def annotate(pool, oracle, iteration, groups):
+    """Put the oracle's answers of an iteration into the ceal.Pool. groups: those of `read_queries`. Returns the
+    positions to pseudo-label, without any that have got a late answer."""
+    asked = [position for group, positions in groups.items() if group != "pseudo" for position in positions]
+    answers = oracle.answers(iteration, np.array(asked, int))
+    pool.annotate(answers.positions, answers.masks)
+    pool.reject(answers.rejected)
+    pseudo = np.array(groups.get("pseudo", []), int)
+    return pseudo[np.isin(pseudo, pool.unlabelled)]
+
+
+def write_queries(ids, groups, folder):
+    """queries.csv. groups: a dict of group to positions in `ids`."""
+    rows = [(ids[position], group) for group, positions in groups.items() for position in positions]
+    write_csv(folder / "queries.csv", ["id", "group"], rows)
+
+
+def read_queries(folder, iteration, dataset):
+    """What `write_queries` wrote: a dict of group to positions in the data set. Before the first training there may be
+    no such file. Raises KeyError, ValueError or OSError if it is damaged."""
+    positions, groups = {id: position for position, id in enumerate(dataset.ids)}, {}
+    if iteration == 0 and not (folder / "queries.csv").exists():
+        return groups
+    for row in read_csv(folder / "queries.csv"):
+        if row["group"] not in (INITIAL, *GROUPS):
+            raise ValueError(f"{row['group']} is no group of queries.csv")
+        groups.setdefault(row["group"], []).append(positions[row["id"]])
+    return groups
+
+
+def forget_choices(config, run, finished):
+    """Remove the choices of so many finished iterations, whose folders hold them too. Those that a person was asked
+    about stay: an answer may come late, or the iterations be done anew."""
+    for iteration in range(finished if config.oracle == "simulated" else 0):
+        shutil.rmtree(run / f".queries_{iteration:02d}", ignore_errors=True)
+
+
+def run_iteration(trainer, pool, pseudo, iteration, choice, folder):
+    """Pseudo-label these positions, train, and evaluate, written to `folder` with what was chosen; returns the row of
+    history.csv, a dict."""
+    for path in choice.glob("[!.]*"):
+        shutil.copy(path, folder)
+    seconds_scoring = (choice / ".seconds").read_text() if iteration else "0.0"
+    # Without images, predict fails.
+    pseudo_labels = list(trainer.predict(pseudo)) if len(pseudo) else []
     started = time.monotonic()
     trainer.fit(*pool.training_set(pseudo, pseudo_labels), iteration)
     seconds_training = time.monotonic() - started
     save_unet(trainer.model, folder / "model.weights.h5", trainer.mean, trainer.std)
     metrics = trainer.evaluate(pool.test)
-    columns = zip(*(metrics[m].round(6) for m in METRICS))
-    rows = ((id, *values) for id, values in zip(trainer.dataset.ids[pool.test], columns))
-    write_csv(folder / "test.csv", ["id", *METRICS], rows)
+    if metrics:
+        columns = zip(*(metrics[m].round(6) for m in METRICS))
+        rows = ((id, *values) for id, values in zip(trainer.dataset.ids[pool.test], columns))
+        write_csv(folder / "test.csv", ["id", *METRICS], rows)
+    means = [f"{metrics[m].mean():.6f}" if metrics else "" for m in METRICS]
     counts = iteration, pool.annotations, len(pseudo)
-    seconds = f"{seconds_scoring:.1f}", f"{seconds_training:.1f}"
-    row = dict(zip(HISTORY, [*counts, *(f"{metrics[m].mean():.6f}" for m in METRICS), *seconds]))
+    row = dict(zip(HISTORY, [*counts, *means, seconds_scoring, f"{seconds_training:.1f}"]))
     write_csv(folder / "history.csv", HISTORY, [row.values()])
     return row
 
 
 def write_history(history, run):
-    """history.csv and its figure."""
+    """history.csv and, if there are test images, its figure."""
     write_csv(run / "history.csv", HISTORY, [row.values() for row in history])
-    figure_history(history, run / "dice.png")
+    if history[-1]["dice"]:
+        figure_history(history, run / "dice.png")
 
 
 def finished_iterations(run, dataset, pool, oracle):
     """The rows of history.csv of the iterations whose folders are there; their annotations go to the ceal.Pool.
 
     Raises UserError if a folder does not hold what it should."""
-    positions, history = {id: position for position, id in enumerate(dataset.ids)}, []
+    history = []
     while (folder := run / f"iteration_{len(history):02d}").is_dir():
         try:
             (row,) = read_csv(folder / "history.csv")
-            queries = read_csv(folder / "queries.csv") if history else []
-            queried = np.array([positions[q["id"]] for q in queries if q["group"] != "pseudo"], int)
-            pool.annotate(queried, oracle.annotate(queried))
-            expected = len(history), pool.annotations, sum(q["group"] == "pseudo" for q in queries)
-            if tuple(int(row[name]) for name in HISTORY[:3]) != expected or {q["group"] for q in queries} - set(GROUPS):
+            pseudo = annotate(pool, oracle, len(history), read_queries(folder, len(history), dataset))
+            expected = len(history), pool.annotations, len(pseudo)
+            if tuple(int(row[name]) for name in HISTORY[:3]) != expected:
                 raise ValueError("queries are missing")
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise UserError(
@@ -469,31 +574,27 @@ def finished_iterations(run, dataset, pool, oracle):
 
 
 def query(trainer, pool, oracle, iteration, folder):
-    """Score the pool, ask the oracle, and let the network label what it is sure of.
+    """Score the pool; choose whom to ask the oracle about, but for what it has answered already, and what to let the
+    network label.
 
-    Writes queries.csv and, where the choice rests on scores, scores.csv and the figures. Returns the positions with
-    pseudo-labels, these labels, a list of float32 (H, W), and the seconds that scoring took.
+    Writes queries.csv, the seconds that scoring took and, where the choice rests on scores, scores.csv and the figures.
     """
-    config, ids, started = trainer.config, trainer.dataset.ids[pool.unlabelled], time.monotonic()
-    candidates = pool.unlabelled
+    config, candidates, started = trainer.config, pool.unlabelled, time.monotonic()
     count = ceal.pseudo_label_count(iteration, config.pseudo_start, config.pseudo_first, config.pseudo_step)
     scored = config.query == "paper" or count > 0
     scores, dice = trainer.score(pool, iteration, trainer.record) if scored else (np.zeros(len(candidates)), None)
-    seconds = time.monotonic() - started if scored else 0.0
+    (folder / ".seconds").write_text(f"{time.monotonic() - started if scored else 0:.1f}")
 
-    groups = choose(config, scores, iteration, count)
-    pseudo, queried = candidates[groups["pseudo"]], candidates[np.concatenate(list(groups.values())[:-1])]
-    pseudo_labels = list(trainer.predict(pseudo)) if len(pseudo) else []
-
-    rows = [(ids[at], group) for group, chosen in groups.items() for at in chosen]
-    write_csv(folder / "queries.csv", ["id", "group"], rows)
+    early = oracle.answers(iteration, np.array([], int))
+    free = np.flatnonzero(~np.isin(candidates, [*early.positions, *early.rejected]))
+    groups = {group: free[chosen] for group, chosen in choose(config, scores[free], iteration, count).items()}
+    ids = trainer.dataset.ids[candidates]
+    write_queries(ids, groups, folder)
     if scored:
-        write_csv(folder / "scores.csv", ["id", "uncertainty", "dice"], zip(ids, scores, dice))
+        rows = zip(ids, scores, ("" if np.isnan(value) else value for value in dice))
+        write_csv(folder / "scores.csv", ["id", "uncertainty", "dice"], rows)
         figure_scores(scores, dice, groups, folder / "scores.png")
         draw_examples(trainer, candidates, scores, dice, groups, iteration, folder / "examples.png")
-
-    pool.annotate(queried, oracle.annotate(queried))
-    return pseudo, pseudo_labels, seconds
 
 
 def choose(config, scores, iteration, pseudo_labels):
@@ -514,8 +615,11 @@ def draw_examples(trainer, candidates, scores, dice, groups, iteration, path, ea
     for group, chosen in groups.items():
         at = chosen[:each]
         mean, variance = trainer.uncertainty(candidates[at], iteration)
-        images, truths = (read(candidates[at]) for read in (trainer.dataset.images, trainer.dataset.masks))
-        titles = [f"{trainer.dataset.ids[candidates[n]]}\nscore {scores[n]:.3g}, Dice {dice[n]:.2f}" for n in at]
+        images, masks = (read(candidates[at]) for read in (trainer.dataset.images, trainer.dataset.masks))
+        rated = ["no truth" if np.isnan(dice[n]) else f"Dice {dice[n]:.2f}" for n in at]
+        ids = trainer.dataset.ids[candidates[at]]
+        titles = [f"{id}\nscore {scores[n]:.3g}, {words}" for id, n, words in zip(ids, at, rated)]
+        truths = [None if np.isnan(dice[n]) else mask for n, mask in zip(at, masks)]
         examples.append((group, list(zip(titles, images, truths, mean, variance))))
     figure_examples(examples, path)
 
@@ -557,14 +661,16 @@ def print_plan(config, dataset, parts):
         f"pseudo-labels from iteration {config.pseudo_start}"
     )
     print(f"run       {config.run}", flush=True)
+    if not len(parts.test):
+        print("there are no test images: the result is not measured, the metrics in history.csv stay empty", flush=True)
 
 
 def print_iteration(row):
     """One line a person can follow."""
+    rated = f"Dice {float(row['dice']):.3f}, Jaccard {float(row['jaccard']):.3f}" if row["dice"] else "not measured"
     print(
         f"iteration {row['iteration']}: {row['annotations']} annotations, {row['pseudo_labels']:>3} pseudo-labels, "
-        f"Dice {float(row['dice']):.3f}, Jaccard {float(row['jaccard']):.3f}  "
-        f"({float(row['seconds_scoring']):.0f} s scoring, {float(row['seconds_training']):.0f} s training)",
+        f"{rated}  ({float(row['seconds_scoring']):.0f} s scoring, {float(row['seconds_training']):.0f} s training)",
         flush=True,
     )
 
@@ -589,6 +695,20 @@ def environment():
     }
 
 
+def find_oracle(config, dataset, parts, run, switches):
+    """The oracle of a run, of ceal's. Raises UserError if a ceal.SimulatedOracle would not know an answer."""
+    if config.oracle == "folder":
+        return ceal.FolderOracle(run, dataset, **switches)
+    to_know = np.concatenate([parts.initial, parts.pool])
+    unknown = to_know[~dataset.has_mask[to_know]]
+    if len(unknown):
+        raise UserError(
+            f"{dataset.path}: {dataset.ids[unknown[0]]} has no mask ({len(unknown)} such images among those for "
+            "--initial and --pool): have a person draw them with --oracle folder"
+        )
+    return ceal.SimulatedOracle(dataset.masks)
+
+
 def begin(config, dataset, run):
     """Write config.json and environment.json, or, where an earlier start did, see that the data are the same."""
     fingerprint, path = file_fingerprint(dataset.path), run / "environment.json"
@@ -610,6 +730,7 @@ def begin(config, dataset, run):
 def main():
     """The command line."""
     config = read_config()
+    switches = read_switches(config)
     run = Path(config.run)
     if run.exists() and not (run / "config.json").exists() and not (run.is_dir() and only_ours(run)):
         raise UserError(f"{run} exists already and is no run: give another --run, or move it away")
@@ -624,11 +745,17 @@ def main():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         with open_dataset(config) as dataset:
             parts = split(dataset, config.initial, config.pool, config.test, config.split_seed)
+            oracle = find_oracle(config, dataset, parts, run, switches)
             print_plan(config, dataset, parts)
             begin(config, dataset, run)
-            history = run_loop(config, dataset, parts, run)
+            try:
+                history = run_loop(config, dataset, parts, run, oracle)
+            except ceal.Unanswered as waiting:
+                print(f"when more masks are there (or now, with --partial), {go_on}")
+                return 2 if waiting.wrong else 0
     last = run / f"iteration_{history[-1]['iteration']:0>2}"
-    print(f"done: {run}/history.csv and {run}/dice.png hold the result, {last}/ the choices and their figures")
+    results = f"{run}/history.csv and {run}/dice.png hold" if len(parts.test) else f"{run}/history.csv holds"
+    print(f"done: {results} the result, {last}/ the choices and their figures")
     print(f"masks for your own images: python predict.py IMAGES --weights {last}/model.weights.h5 --out masks")
 
 

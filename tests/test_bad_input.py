@@ -92,12 +92,13 @@ CASES = [
     *(f"{TRAIN} {option}" for option in ("--filters 0", "--batch-size 0", "--batch-size ten", "--iterations -1")),
     *(f"{TRAIN} {option}" for option in ("--rotation 181", "--rotation -1", "--width-shift 1.5", "--width-shift nan")),
     *(f"{TRAIN} {option}" for option in ("--seed -1", "--split-seed -1", "--pseudo-start 0", "--pseudo-first -1")),
-    *(f"{TRAIN} {option}" for option in ("--initial-epochs 0", "--active-epochs 0", "--initial 0", "--test 0")),
+    *(f"{TRAIN} {option}" for option in ("--initial-epochs 0", "--active-epochs 0", "--initial 0", "--test -1")),
     *(
         f"{TRAIN} {option}"
         for option in ("--preset papre", "--precision float8", "--devices 2", "--deterministic maybe")
     ),
     *(f"{TRAIN} {option}" for option in ("--distance outside", "--no-such-option 1", "--run")),
+    *(f"{TRAIN} {option}" for option in ("--wait", "--partial", "--oracle human", "--oracle folder --wait --partial")),
     # combinations that make no sense
     f"{TRAIN} --pool 2",
     f"{TRAIN} --no-detection 0 --most-uncertain 0 --random 0",
