@@ -7,9 +7,12 @@ python data.py show datasets/isic2017.h5 sheet.png
 """
 
 import argparse
+import contextlib
+import logging
 import os
 import re
 import shutil
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -20,18 +23,24 @@ from matplotlib.figure import Figure
 from PIL import ExifTags, Image, ImageOps
 from scipy import fft, ndimage
 
-from utils import UserError, map_in_order, run_command, track, whole_file
+from utils import LARGEST_SIDE, UserError, map_in_order, reserve, run_command, track, whole_file
 
 LAYOUT_VERSION = 1
 PARTS = {"train": "Training", "validation": "Validation", "test": "Test_v2"}  # ours: the challenge's
 SPLIT_SEED = 2017
+SHEET = 1000  # images on a contact sheet, which is 30 pixels high for each
 # Two pictures of one lesion each: on one side of any split.
 NEAR_DUPLICATES = [
     ("ISIC_0012290", "ISIC_0013594"),
     ("ISIC_0012672", "ISIC_0012673"),
     ("ISIC_0012756", "ISIC_0013184"),
 ]
+# The kinds of picture that are read, whatever their names: Pillow knows others, some of which start a program.
+FORMATS = ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on a bad file
+# A picture is read or refused: what Pillow wonders about beside that, its size or its tags, helps nobody.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 # ---------------------------------------------------------------------------------------------- the folders of ISIC
@@ -86,6 +95,21 @@ def _files_by_id(source, folder, pattern):
     return files
 
 
+@contextlib.contextmanager
+def open_picture(path):
+    """A picture as Pillow opens it, for a block that decodes it; of several pages or frames the first.
+
+    Raises UserError if the file is missing, is none (a folder, a pipe), or is no picture, or a damaged one, which may
+    show in the block only; or if it claims more than 178 megapixels."""
+    try:
+        if not os.path.isfile(path):  # the system's pipes and devices may never end
+            raise UserError(f"{path}: there is no such file" + " but a folder or a pipe" * os.path.exists(path))
+        with Image.open(path, formats=FORMATS) as picture:
+            yield picture
+    except UNREADABLE as error:
+        raise UserError(f"{path}: not a readable picture ({error}); get or export it again")
+
+
 def read_image(path, height, width, channels):
     """One picture at the network's size: (uint8 (height, width, channels), its original (height, width)).
 
@@ -93,21 +117,16 @@ def read_image(path, height, width, channels):
     Raises UserError if the file is no 8-bit picture or is damaged.
     """
     mode = "L" if channels == 1 else "RGB"
-    try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):
-                raise UserError(f"{path}: more than 8 bits per channel; save it with 8")
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            original = picture.size if turned else picture.size[::-1]  # as displayed: (height, width)
-            # A JPEG decodes at 1/2, 1/4 or 1/8 of its size, in grey if asked: far less work, the same result.
-            picture.draft(mode, (width, height))
-            picture = ImageOps.exif_transpose(picture)
-            picture = picture.convert("RGBA") if "transparency" in picture.info else picture  # else Pillow warns
-            pixels = np.asarray(picture.convert(mode).resize((width, height), Image.Resampling.BILINEAR))
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file")
-    except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable picture ({error}); get or export it again")
+    with open_picture(path) as picture:
+        if picture.mode.startswith(("I", "F")):
+            raise UserError(f"{path}: more than 8 bits per channel; save it with 8")
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        original = picture.size if turned else picture.size[::-1]  # as displayed: (height, width)
+        # A JPEG decodes at 1/2, 1/4 or 1/8 of its size, in grey if asked: far less work, the same result.
+        picture.draft(mode, (width, height))
+        picture = ImageOps.exif_transpose(picture)
+        picture = picture.convert("RGBA") if "transparency" in picture.info else picture  # else Pillow warns
+        pixels = np.asarray(picture.convert(mode).resize((width, height), Image.Resampling.BILINEAR))
     return pixels.reshape(height, width, channels), original
 
 
@@ -116,12 +135,9 @@ def read_mask(path, height, width):
 
     Grey values at edges are rounded. Raises UserError if the mask is unreadable, not two-valued, or empty.
     """
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            picture = picture if picture.mode == "L" else picture.convert("L")  # it would copy many megapixels
-    except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable picture ({error}); get or export it again")
+    with open_picture(path) as picture:
+        ImageOps.exif_transpose(picture, in_place=True)
+        picture = picture if picture.mode == "L" else picture.convert("L")  # it would copy many megapixels
     counts = np.array(picture.histogram())
     grey = counts[16:240].sum() / counts.sum()
     if grey > 0.02:
@@ -277,15 +293,18 @@ def write_dataset(out, rows, count, height, width, channels, source, force=False
     """
     out = Path(out)
     check_output(out, force)
-    if height % 16 or width % 16 or min(height, width) < 16:
-        raise UserError(f"--height {height} --width {width}: the network halves both four times; use multiples of 16")
+    if height % 16 or width % 16 or min(height, width) < 16 or max(height, width) > LARGEST_SIDE:
+        raise UserError(
+            f"--height {height} --width {width}: the network halves both four times; use multiples of 16, at most "
+            f"{LARGEST_SIDE}"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     needed = count * (height * width * (channels + 1) + 1000) + 100_000  # 1 kB for ids, sizes and indices
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise UserError(f"{out.parent} has {free / 1e6:.0f} MB free and {out.name} needs {needed / 1e6:.0f} MB")
     with whole_file(out) as partial:
-        _reserve(partial, needed, out)
+        reserve(partial, needed)
         with h5py.File(partial, "w", libver="v110") as file:  # its index of many chunks is small
             shape = (count, height, width, channels)
             images = file.create_dataset("images", shape, "uint8", chunks=(1, *shape[1:]))
@@ -304,16 +323,6 @@ def write_dataset(out, rows, count, height, width, channels, source, force=False
         with Dataset(partial) as written:
             if len(set(written.ids)) < count or not written.masks([count - 1]).any():
                 raise UserError(f"{out}: what was written does not read back; check the disk and try again")
-
-
-def _reserve(path, size, out):
-    """Raise UserError unless `size` bytes can be written to `path`: h5py crashes when they cannot."""
-    try:
-        with open(path, "wb") as file:
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        raise UserError(f"{out} needs {size / 1e6:.1f} MB and cannot be written: {os.strerror(error.errno)}")
 
 
 def check_output(path, force):
@@ -342,10 +351,22 @@ class Dataset:
             self.original_sizes = self._file["original_sizes"][:]
         except FileNotFoundError:
             raise UserError(f"{path}: there is no such file")
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise self._damaged(error)
         if version != LAYOUT_VERSION:
             raise UserError(f"{path}: layout version {version}, this program reads {LAYOUT_VERSION}; make it again")
+        self._check()
+
+    def _check(self):
+        """Raise UserError if the file's parts do not fit together."""
+        count, size = len(self.ids), (self.height, self.width)
+        images, masks = self._file["images"], self._file["masks"]
+        if not count or images.shape != (count, *size, self.channels) or masks.shape != (count, *size):
+            raise self._damaged(f"{count} ids, images {images.shape}, masks {masks.shape}")
+        if {images.dtype, masks.dtype} != {np.dtype("uint8")} or self.channels not in (1, 3):
+            raise self._damaged(f"images {images.dtype}, masks {masks.dtype}, {self.channels} channels")
+        if not len(self.part) == len(self.original_sizes) == count:
+            raise self._damaged(f"{count} ids, {len(self.part)} parts, {len(self.original_sizes)} sizes")
 
     def __enter__(self):
         return self
@@ -474,8 +495,8 @@ def print_info(args):
 def draw_sheet(args):
     """`data.py show`: a contact sheet of images spread evenly over the file, the mask's outline on each."""
     check_output(args.out, args.force)
-    if args.images < 1 or Path(args.out).suffix.lower() != ".png":
-        raise UserError(f"--images {args.images}, {args.out}: draw at least 1 image, to a file that ends in .png")
+    if not 1 <= args.images <= SHEET or Path(args.out).suffix.lower() != ".png":
+        raise UserError(f"--images {args.images}, {args.out}: draw 1 to {SHEET} images, to a file that ends in .png")
     with Dataset(args.file) as dataset:
         positions = np.unique(np.linspace(0, len(dataset) - 1, args.images).astype(int))
         rows = -(-len(positions) // 6)

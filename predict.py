@@ -8,7 +8,6 @@ Masks go to OUT, uncertainty maps and scores.csv to OUT/uncertainty, outlines on
 
 import argparse
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,9 @@ from PIL import Image, ImageOps
 from skimage.segmentation import find_boundaries
 
 from ceal import uncertainty_score
-from data import normalise, read_image
+from data import normalise, open_picture, read_image
 from unet import PRECISIONS, load_unet, mc_dropout, print_devices
-from utils import UserError, map_in_order, progress_bar, run_command, whole_file, write_csv
+from utils import UserError, map_in_order, print_error, progress_bar, run_command, whole_file, write_csv
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 NOT_AN_IMAGE = ("_superpixels", "_segmentation")  # what ISIC's folders hold beside the images
@@ -35,6 +34,7 @@ def find_images(inputs):
         if given.is_dir():
             found = [path for path in sorted(given.iterdir()) if path.suffix.lower() in SUFFIXES]
             found = [path for path in found if not path.stem.lower().endswith(NOT_AN_IMAGE)]
+            found = [path for path in found if not path.name.startswith(".") and not path.is_dir()]
             if not found:
                 raise UserError(f"{given}: no image in this folder ({' '.join(sorted(SUFFIXES))})")
             images += found
@@ -81,7 +81,7 @@ def save_results(out, path, size, prediction, variance, mean, overlay):
         grey = np.round(resize_map(variance, size) / 0.25 * 255).astype(np.uint8)
         save_png(grey, out / "uncertainty" / f"{path.stem}_uncertainty.png")
     if overlay:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
         pixels[find_boundaries(mask, mode="thick")] = 0, 255, 255
         save_png(pixels, out / "overlay" / f"{path.stem}_overlay.png")
@@ -159,7 +159,7 @@ def main():
     if args.uncertainty and scores:
         write_csv(args.out / "uncertainty" / "scores.csv", ["name", "uncertainty"], scores)
     for error in bad:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
     print(f"{args.out}: {len(images) - len(bad)} masks" + (f"; {len(bad)} images could not be read" if bad else ""))
     return 2 if bad else 0
 

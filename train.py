@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -26,12 +27,14 @@ from data import SPLIT_SEED, Dataset, draw_row, normalisation, normalise, split,
 from unet import (
     PRECISIONS,
     build_unet,
+    count_parameters,
     dice_loss,
     keras,
     load_unet,
     mc_dropout,
     print_devices,
     save_unet,
+    save_weights,
     share_out,
     tf,
 )
@@ -45,6 +48,7 @@ from utils import (
     file_fingerprint,
     locked,
     map_in_order,
+    naming,
     read_csv,
     run_command,
     segmentation_metrics,
@@ -187,7 +191,10 @@ def stored_config(run, given):
 def check(config):
     """Raise UserError for settings that make no sense."""
     for field in dataclasses.fields(config):
-        value, minimum = getattr(config, field.name), field.metadata["minimum"]
+        value, minimum, choices = (getattr(config, field.name), *map(field.metadata.get, ("minimum", "choices")))
+        kinds = (int, float) if field.type is float else field.type
+        if not isinstance(value, kinds) or (choices and value not in choices):
+            raise UserError(f"--{field.name.replace('_', '-')} {value}: must be {choices or field.type.__name__}")
         if minimum is not None and not minimum <= value < 2**31:
             raise UserError(f"--{field.name.replace('_', '-')} {value}: must be at least {minimum}, and below 2**31")
     if not 0 < config.dropout < 1:
@@ -203,6 +210,13 @@ def check(config):
     if config.iterations and config.no_detection + config.most_uncertain + config.random > config.pool:
         raise UserError(
             f"--pool {config.pool}: fewer images than --no-detection, --most-uncertain and --random ask for"
+        )
+    needed = 16 * count_parameters(1, config.filters)  # a weight, its gradient and Adam's two moments, 4 bytes each
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(
+            f"--filters {config.filters}: training such a network takes {needed / 1e9:,.0f} GB of memory, and there "
+            f"are {memory / 1e9:,.0f} GB; use fewer"
         )
 
 
@@ -329,6 +343,11 @@ class Trainer:
             restart(dropout, dropout_seed, number)
             self.step(*share_out(self.model.distribute_strategy, *batch))
             self.checkpoint.save_now_and_then(iteration, number + 1)
+        if not all(np.isfinite(values).all() for values in self.model.get_weights()):
+            raise UserError(
+                f"--learning-rate {self.config.learning_rate:g}: the training broke down, its weights are not finite; "
+                "lower it, or choose another --precision, and give another --run"
+            )
 
     def uncertainty(self, positions, iteration, images=None):
         """Mean and variance of the iteration's Monte Carlo passes: float32 (n, H, W) each. images: the data set's at
@@ -359,7 +378,7 @@ class Trainer:
         for rated in track(map_in_order(rate, maps), f"iteration {iteration}: scoring the pool", len(chunks)):
             done.append(rated)
             if record:
-                with open(record, "a") as file:
+                with naming(record), open(record, "a") as file:
                     file.write(json.dumps([iteration, *rated]) + "\n")
         scores, dice = (np.concatenate(values) for values in zip(*done))
         return scores, dice
@@ -390,7 +409,7 @@ def read_record(record, iteration):
         for line in file:
             try:
                 found, *rated = json.loads(line)
-            except ValueError:
+            except (ValueError, TypeError):
                 break
             if found != iteration or not line.endswith(b"\n"):
                 break
@@ -411,23 +430,24 @@ class Checkpoint:
     def save_now_and_then(self, iteration, steps):
         """Save if the last time is long ago."""
         if time.monotonic() - self.saved > self.EVERY:
-            with whole_file(self.path) as partial:
-                self.model.save_weights(partial)
-                with h5py.File(partial, "a") as file:
-                    file.attrs.update(iteration=iteration, steps=steps)
+            save_weights(self.model, self.path, iteration=iteration, steps=steps)
             self.saved = time.monotonic()
 
     def load(self, iteration):
-        """Put the model where this iteration's training was; returns the steps done, 0 if there is no such file."""
+        """Put the model where this iteration's training was; returns the steps done, 0 if there is no such file.
+        Raises UserError if the file is damaged."""
         self.saved = time.monotonic()
+        if not self.path.exists():
+            return 0
         try:
             with h5py.File(self.path) as file:
-                found, steps = file.attrs["iteration"], int(file.attrs["steps"])
-        except FileNotFoundError:
-            return 0
-        if found != iteration:
-            return 0
-        self.model.load_weights(self.path)
+                found, steps = int(file.attrs["iteration"]), int(file.attrs["steps"])
+            if found != iteration:
+                return 0
+            self.model.load_weights(self.path)
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.path}: damaged ({reason}); remove it to do this iteration's training again")
         return steps
 
 
@@ -628,7 +648,10 @@ def begin(config, dataset, run):
     """Write config.json and environment.json, or, where an earlier start did, see that the data are the same."""
     fingerprint, path = file_fingerprint(dataset.path), run / "environment.json"
     if (run / "config.json").exists():
-        stored = json.loads(path.read_text()).get("data_fingerprint")
+        try:
+            stored = json.loads(path.read_text())["data_fingerprint"]
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: not as train.py wrote it ({error}); put it back, or give another --run")
         if stored != fingerprint:
             raise UserError(
                 f"{dataset.path} is not the file that {run} was begun with; put that back, or give another --run"
@@ -661,7 +684,13 @@ def main():
             parts = split(dataset, config.initial, config.pool, config.test, config.split_seed)
             print_plan(config, dataset, parts)
             begin(config, dataset, run)
-            history = run_loop(config, dataset, parts, run)
+            try:
+                history = run_loop(config, dataset, parts, run)
+            except tf.errors.ResourceExhaustedError:
+                raise UserError(
+                    f"--batch-size {config.batch_size} --filters {config.filters}: not enough memory; lower one of "
+                    "them, or the images' size in data.py, and give another --run"
+                )
     last = run / f"iteration_{history[-1]['iteration']:0>2}"
     print(f"done: {run}/history.csv and {run}/dice.png hold the result, {last}/ the choices and their figures")
     print(f"masks for your own images: python predict.py IMAGES --weights {last}/model.weights.h5 --out masks")
