@@ -302,7 +302,7 @@ def write_dataset(out, rows, count, height, width, channels, source, force=False
     needed = count * (height * width * (channels + 1) + 1000) + 100_000  # 1 kB for ids, sizes and indices
     free = shutil.disk_usage(out.parent).free
     if free < needed:
-        raise UserError(f"{out.parent} has {free / 1e6:.0f} MB free and {out.name} needs {needed / 1e6:.0f} MB")
+        raise UserError(f"{out.parent} has {free / 1e6:.1f} MB free and {out.name} needs {needed / 1e6:.1f} MB")
     with whole_file(out) as partial:
         reserve(partial, needed)
         with h5py.File(partial, "w", libver="v110") as file:  # its index of many chunks is small

@@ -31,6 +31,7 @@ from unet import (
     dice_loss,
     keras,
     load_unet,
+    load_weights,
     mc_dropout,
     print_devices,
     save_unet,
@@ -444,8 +445,8 @@ class Checkpoint:
                 found, steps = int(file.attrs["iteration"]), int(file.attrs["steps"])
             if found != iteration:
                 return 0
-            self.model.load_weights(self.path)
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            load_weights(self.model, self.path)
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError, UserWarning) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{self.path}: damaged ({reason}); remove it to do this iteration's training again")
         return steps

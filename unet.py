@@ -334,6 +334,13 @@ def save_weights(model, path, **attributes):
             file.attrs.update(attributes)
 
 
+def load_weights(model, path):
+    """`model.load_weights`, which raises UserWarning for what is not in the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # else Keras goes on without
+        model.load_weights(path)
+
+
 def _checked_settings(path):
     """The settings of a weights file, a dict of what `save_unet` wrote. Raises ValueError and the like if they cannot
     be: nothing is built, and no memory taken, by what a file merely claims."""
@@ -368,9 +375,7 @@ def load_unet(path, precision="float32"):
         settings = _checked_settings(path)
         sizes = {k: settings[k] for k in ("height", "width", "channels", "filters", "dropout")}
         model = build_unet(**sizes, precision=precision)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # Keras only warns of layers that it does not find in the file
-            model.load_weights(path)
+        load_weights(model, path)
         if not all(np.isfinite(values).all() for values in model.get_weights()):
             raise ValueError("some are not finite: the training that wrote them broke down")
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, ArithmeticError, UserWarning) as error:

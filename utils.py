@@ -130,7 +130,8 @@ def whole_file(path):
             error.filename = str(path)
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that is not to be written to
+            partial.unlink()
 
 
 @contextlib.contextmanager
