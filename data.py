@@ -341,21 +341,21 @@ class Dataset:
 
     def __init__(self, path):
         self.path = Path(path)
+        if not self.path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path}: there is no such file")
         try:
             self._file = h5py.File(path)
             version = self._file.attrs["layout_version"]
+            if version != LAYOUT_VERSION:
+                raise UserError(f"{path}: layout version {version}, this program reads {LAYOUT_VERSION}; make it again")
             self.source = self._file.attrs["source"]
             _, self.height, self.width, self.channels = self._file["images"].shape
             self.ids = self._file["ids"].asstr()[:]
             self.part = self._file["part"].asstr()[:]
             self.original_sizes = self._file["original_sizes"][:]
-        except FileNotFoundError:
-            raise UserError(f"{path}: there is no such file")
+            self._check()
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise self._damaged(error)
-        if version != LAYOUT_VERSION:
-            raise UserError(f"{path}: layout version {version}, this program reads {LAYOUT_VERSION}; make it again")
-        self._check()
 
     def _check(self):
         """Raise UserError if the file's parts do not fit together."""
@@ -470,8 +470,10 @@ def make_isic(args):
 
 def make_synthetic(args):
     """`data.py synthetic`: drawn lesions to one file."""
-    if args.images < 1 or args.seed < 0:
-        raise UserError(f"--images {args.images} --seed {args.seed}: draw at least 1 image, from a seed of at least 0")
+    if not 1 <= args.images < 2**31 or args.seed < 0:
+        raise UserError(
+            f"--images {args.images} --seed {args.seed}: draw at least 1 image, below 2**31, seed 0 or above"
+        )
     size = args.height, args.width, args.channels
     rows = map_in_order(lambda index: draw_row(index, args.seed, *size), range(args.images))
     write_dataset(args.out, rows, args.images, *size, f"synthetic lesions, seed {args.seed}", args.force)
