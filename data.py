@@ -99,12 +99,14 @@ def _files_by_id(source, folder, pattern):
 def open_picture(path):
     """A picture as Pillow opens it, for a block that decodes it; of several pages or frames the first.
 
-    Raises UserError if the file is missing, is none (a folder, a pipe), or is no picture, or a damaged one, which may
-    show in the block only; or if it claims more than 178 megapixels."""
+    Raises UserError if the file is missing, is none (a folder, a pipe), is no 8-bit picture, claims more than 178
+    megapixels, or is damaged, which may show in the block only."""
     try:
         if not os.path.isfile(path):  # the system's pipes and devices may never end
             raise UserError(f"{path}: there is no such file" + " but a folder or a pipe" * os.path.exists(path))
         with Image.open(path, formats=FORMATS) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise UserError(f"{path}: more than 8 bits per channel; save it with 8")
             yield picture
     except UNREADABLE as error:
         raise UserError(f"{path}: not a readable picture ({error}); get or export it again")
@@ -118,8 +120,6 @@ def read_image(path, height, width, channels):
     """
     mode = "L" if channels == 1 else "RGB"
     with open_picture(path) as picture:
-        if picture.mode.startswith(("I", "F")):
-            raise UserError(f"{path}: more than 8 bits per channel; save it with 8")
         turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         original = picture.size if turned else picture.size[::-1]  # as displayed: (height, width)
         # A JPEG decodes at 1/2, 1/4 or 1/8 of its size, in grey if asked: far less work, the same result.
