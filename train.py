@@ -344,10 +344,14 @@ class Trainer:
             restart(dropout, dropout_seed, number)
             self.step(*share_out(self.model.distribute_strategy, *batch))
             self.checkpoint.save_now_and_then(iteration, number + 1)
-        if not all(np.isfinite(values).all() for values in self.model.get_weights()):
+        self.require_finite(*self.model.get_weights())
+
+    def require_finite(self, *arrays):
+        """Raise UserError if a number in them is not."""
+        if not all(np.isfinite(array).all() for array in arrays):
             raise UserError(
-                f"--learning-rate {self.config.learning_rate:g}: the training broke down, its weights are not finite; "
-                "lower it, or choose another --precision, and give another --run"
+                f"--learning-rate {self.config.learning_rate:g}: the training broke down, its weights or predictions "
+                "are no longer finite; lower it, or choose another --precision, and give another --run"
             )
 
     def uncertainty(self, positions, iteration, images=None):
@@ -392,7 +396,9 @@ class Trainer:
         """Mean over these images of each metric at a threshold of 0.5, a dict; warns of a collapsed network."""
         metrics, lesion = [], []
         for some in in_chunks(positions, 64):
-            prediction = self.predict(some) > 0.5
+            prediction = self.predict(some)
+            self.require_finite(prediction)
+            prediction = prediction > 0.5
             metrics.append(segmentation_metrics(self.dataset.masks(some), prediction))
             lesion.append(prediction.mean())
         if max(lesion) == 0 or min(lesion) == 1:
