@@ -382,6 +382,12 @@ def main():
     args = parser.parse_args()
     if args.weights and not args.data:
         raise UserError("--weights needs --data: what it says about half precision holds for real images only")
+    if args.weights:
+        load_unet(args.weights)
+    if args.json:  # now, and not after minutes
+        data.check_output(args.json, force=True)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.json.parent).close()
     print_devices()
     about = machine()
     print(f"{about['processor']}, {about['cores']} cores, {about['date']}\n")

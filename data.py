@@ -8,10 +8,13 @@ python data.py show datasets/isic2017.h5 sheet.png
 """
 
 import argparse
+import contextlib
+import logging
 import os
 import re
 import shutil
 import unicodedata
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -22,13 +25,14 @@ from matplotlib.figure import Figure
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy import fft, ndimage
 
-from utils import UserError, map_in_order, run_command, track, whole_file
+from utils import LARGEST_SIDE, UserError, map_in_order, reserve, run_command, track, whole_file
 
 LAYOUT_VERSION = 2
 PARTS = {"train": "Training", "validation": "Validation", "test": "Test_v2"}  # ours: the challenge's
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 NOT_AN_IMAGE = ("_superpixels", "_segmentation")  # what ISIC's folders hold beside the images
 SPLIT_SEED = 2017
+SHEET = 1000  # images on a contact sheet, which is 30 pixels high for each
 # Two pictures of one lesion each: on one side of any split.
 NEAR_DUPLICATES = [
     ("ISIC_0012290", "ISIC_0013594"),
@@ -38,6 +42,9 @@ NEAR_DUPLICATES = [
 # The kinds of picture that are read, whatever their names: Pillow knows others, some of which start a program.
 FORMATS = ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on a bad file
+# A picture is read or refused: what Pillow wonders about beside that, its size or its tags, helps nobody.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 # ------------------------------------------------------------------------------------------- the folders of pictures
@@ -135,6 +142,24 @@ def _list_files(folder):
         yield unicodedata.normalize("NFC", stem), suffix.lower(), os.path.join(folder, name)
 
 
+@contextlib.contextmanager
+def open_picture(path, file=None):
+    """A picture as Pillow opens it, for a block that decodes it; of several pages or frames the first. file: what to
+    read if it is not `path` itself, a file object.
+
+    Raises UserError if the file is missing, is none (a folder, a pipe), claims more than 178 megapixels, or is damaged,
+    which may show in the block only."""
+    try:
+        if not file and not os.path.isfile(path):  # the system's pipes and devices may never end
+            raise UserError(f"{path}: there is no such file" + " but a folder or a pipe" * os.path.exists(path))
+        with Image.open(file or path, formats=FORMATS) as picture:
+            yield picture
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not a readable picture, or of an unknown kind; get it again, or save it as PNG")
+    except UNREADABLE as error:
+        raise UserError(f"{path}: not a readable picture ({error}); get or export it again")
+
+
 def read_image(path, height, width, channels):
     """One picture at the network's size: (uint8 (height, width, channels), its original (height, width)).
 
@@ -142,21 +167,16 @@ def read_image(path, height, width, channels):
     Raises UserError if the file is no 8-bit picture or is damaged.
     """
     mode = "L" if channels == 1 else "RGB"
-    try:
-        with Image.open(path, formats=FORMATS) as picture:
-            if picture.mode.startswith(("I", "F")):
-                raise UserError(f"{path}: more than 8 bits per channel; save it with 8")
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            original = picture.size if turned else picture.size[::-1]  # as displayed: (height, width)
-            # A JPEG decodes at 1/2, 1/4 or 1/8 of its size, in grey if asked: far less work, the same result.
-            picture.draft(mode, (width, height))
-            picture = ImageOps.exif_transpose(picture)
-            picture = picture.convert("RGBA") if "transparency" in picture.info else picture  # else Pillow warns
-            pixels = np.asarray(picture.convert(mode).resize((width, height), Image.Resampling.BILINEAR))
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file")
-    except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable picture ({error}); get or export it again")
+    with open_picture(path) as picture:
+        if picture.mode.startswith(("I", "F")):
+            raise UserError(f"{path}: more than 8 bits per channel; save it with 8")
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        original = picture.size if turned else picture.size[::-1]  # as displayed: (height, width)
+        # A JPEG decodes at 1/2, 1/4 or 1/8 of its size, in grey if asked: far less work, the same result.
+        picture.draft(mode, (width, height))
+        picture = ImageOps.exif_transpose(picture)
+        picture = picture.convert("RGBA") if "transparency" in picture.info else picture  # else Pillow warns
+        pixels = np.asarray(picture.convert(mode).resize((width, height), Image.Resampling.BILINEAR))
     return pixels.reshape(height, width, channels), original
 
 
@@ -167,19 +187,13 @@ def open_mask(path, file=None):
     values at edges are rounded. Raises UserError if the mask is unreadable or not two-valued.
     file: what to read if it is not `path` itself, a file object.
     """
-    try:
-        with Image.open(file or path, formats=FORMATS) as picture:
-            if picture.format in ("JPEG", "MPO", "JPEG2000"):
-                raise UserError(f"{path}: a JPEG blurs a mask's outline; save the mask as PNG")
-            if getattr(picture, "n_frames", 1) > 1:
-                raise UserError(f"{path}: {picture.n_frames} pages; save the mask as one picture without layers")
-            picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)
-            picture = picture if picture.mode == "L" else _in_grey(picture)  # which would copy many megapixels
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not a readable picture, or of an unknown kind; save the mask as PNG")
-    except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable picture ({error}); get or export it again")
+    with open_picture(path, file) as picture:
+        if picture.format in ("JPEG", "MPO", "JPEG2000"):
+            raise UserError(f"{path}: a JPEG blurs a mask's outline; save the mask as PNG")
+        if getattr(picture, "n_frames", 1) > 1:
+            raise UserError(f"{path}: {picture.n_frames} pages; save the mask as one picture without layers")
+        ImageOps.exif_transpose(picture, in_place=True)
+        picture = picture if picture.mode == "L" else _in_grey(picture)  # which would copy many megapixels
     counts = np.array(picture.histogram())
     (values,) = np.nonzero(counts)
     of_two = values[-1] == 1 or (len(values) == 2 and values[0] == 0)
@@ -373,15 +387,18 @@ def write_dataset(out, rows, count, height, width, channels, source, force=False
     """
     out = Path(out)
     check_output(out, force)
-    if height % 16 or width % 16 or min(height, width) < 16:
-        raise UserError(f"--height {height} --width {width}: the network halves both four times; use multiples of 16")
+    if height % 16 or width % 16 or min(height, width) < 16 or max(height, width) > LARGEST_SIDE:
+        raise UserError(
+            f"--height {height} --width {width}: the network halves both four times; use multiples of 16, at most "
+            f"{LARGEST_SIDE}"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     needed = count * (height * width * (channels + 1) + 1000) + 100_000  # 1 kB for ids, sizes and indices
     free = shutil.disk_usage(out.parent).free
     if free < needed:
-        raise UserError(f"{out.parent} has {free / 1e6:.0f} MB free and {out.name} needs {needed / 1e6:.0f} MB")
+        raise UserError(f"{out.parent} has {free / 1e6:.1f} MB free and {out.name} needs {needed / 1e6:.1f} MB")
     with whole_file(out) as partial:
-        _reserve(partial, needed, out)
+        reserve(partial, needed)
         with h5py.File(partial, "w", libver="v110") as file:  # its index of many chunks is small
             shape = (count, height, width, channels)
             images = file.create_dataset("images", shape, "uint8", chunks=(1, *shape[1:]))
@@ -406,16 +423,6 @@ def write_dataset(out, rows, count, height, width, channels, source, force=False
                 raise UserError(f"{out}: what was written does not read back; check the disk and try again")
 
 
-def _reserve(path, size, out):
-    """Raise UserError unless `size` bytes can be written to `path`: h5py crashes when they cannot."""
-    try:
-        with open(path, "wb") as file:
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        raise UserError(f"{out} needs {size / 1e6:.1f} MB and cannot be written: {os.strerror(error.errno)}")
-
-
 def check_output(path, force):
     """Raise UserError if the output file `path` exists, unless `force`; a folder is never replaced."""
     if Path(path).is_dir():
@@ -433,6 +440,8 @@ class Dataset:
 
     def __init__(self, path):
         self.path = Path(path)
+        if not self.path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path}: there is no such file")
         try:
             self._file = h5py.File(path)
             version = self._file.attrs["layout_version"]
@@ -443,10 +452,21 @@ class Dataset:
             self.ids, self.part, self.files = (self._file[name].asstr()[:] for name in ("ids", "part", "files"))
             self.original_sizes = self._file["original_sizes"][:]
             self.has_mask = self._file["has_mask"][:]
-        except FileNotFoundError:
-            raise UserError(f"{path}: there is no such file")
-        except (OSError, KeyError) as error:
+            self._check()
+        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise self._damaged(error)
+
+    def _check(self):
+        """Raise UserError if the file's parts do not fit together."""
+        count, size = len(self.ids), (self.height, self.width)
+        images, masks = self._file["images"], self._file["masks"]
+        if not count or images.shape != (count, *size, self.channels) or masks.shape != (count, *size):
+            raise self._damaged(f"{count} ids, images {images.shape}, masks {masks.shape}")
+        if {images.dtype, masks.dtype} != {np.dtype("uint8")} or self.channels not in (1, 3):
+            raise self._damaged(f"images {images.dtype}, masks {masks.dtype}, {self.channels} channels")
+        lengths = [len(values) for values in (self.part, self.files, self.original_sizes, self.has_mask)]
+        if set(lengths) != {count}:
+            raise self._damaged(f"{count} ids, and parts, files, sizes and masks of {lengths}")
 
     def __enter__(self):
         return self
@@ -597,8 +617,10 @@ def make_folder(args):
 
 def make_synthetic(args):
     """`data.py synthetic`: drawn lesions to one file."""
-    if args.images < 1 or args.seed < 0:
-        raise UserError(f"--images {args.images} --seed {args.seed}: draw at least 1 image, from a seed of at least 0")
+    if not 1 <= args.images < 2**31 or args.seed < 0:
+        raise UserError(
+            f"--images {args.images} --seed {args.seed}: draw at least 1 image, below 2**31, seed 0 or above"
+        )
     size = args.height, args.width, args.channels
     rows = map_in_order(lambda index: draw_row(index, args.seed, *size), range(args.images))
     write_dataset(args.out, rows, args.images, *size, f"synthetic lesions, seed {args.seed}", args.force)
@@ -624,8 +646,8 @@ def print_info(args):
 def draw_sheet(args):
     """`data.py show`: a contact sheet of images spread evenly over the file, the mask's outline on each."""
     check_output(args.out, args.force)
-    if args.images < 1 or Path(args.out).suffix.lower() != ".png":
-        raise UserError(f"--images {args.images}, {args.out}: draw at least 1 image, to a file that ends in .png")
+    if not 1 <= args.images <= SHEET or Path(args.out).suffix.lower() != ".png":
+        raise UserError(f"--images {args.images}, {args.out}: draw 1 to {SHEET} images, to a file that ends in .png")
     with Dataset(args.file) as dataset:
         positions = np.unique(np.linspace(0, len(dataset) - 1, args.images).astype(int))
         rows = -(-len(positions) // 6)

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import itertools
 import operator
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,11 +23,12 @@ from skimage.measure import label, regionprops
 from skimage.segmentation import find_boundaries
 
 from ceal import uncertainty_score
-from data import NOT_AN_IMAGE, SUFFIXES, normalise, read_image, read_mask
+from data import NOT_AN_IMAGE, SUFFIXES, normalise, open_picture, read_image, read_mask
 from unet import PRECISIONS, load_unet, mc_dropout, print_devices
 from utils import (
     UserError,
     map_in_order,
+    print_error,
     progress_bar,
     resize_map,
     run_command,
@@ -68,6 +68,7 @@ def find_images(inputs):
         if given.is_dir():
             found = [path for path in sorted(given.iterdir()) if path.suffix.lower() in SUFFIXES]
             found = [path for path in found if not path.stem.lower().endswith(NOT_AN_IMAGE)]
+            found = [path for path in found if not path.name.startswith(".") and not path.is_dir()]
             if not found:
                 raise UserError(f"{given}: no image in this folder ({' '.join(sorted(SUFFIXES))})")
             images += found
@@ -189,7 +190,7 @@ def save_results(path, size, prediction, variance, mean, options):
         grey = np.round(resize_map(variance, size) / 0.25 * 255).astype(np.uint8)
         save_png(grey, options.out / "uncertainty" / f"{path.stem}_uncertainty.png")
     if options.overlay:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
         pixels[find_boundaries(mask, mode="thick")] = 0, 255, 255
         save_png(pixels, options.out / "overlay" / f"{path.stem}_overlay.png")
@@ -323,7 +324,7 @@ def main():
         what = "/overlay: the" if args.overlay else ": white is lesion; --overlay draws the"
         print(f"look at {args.out}{what} outline on each image")
     for error in errors:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
     return 2 if errors else 0
 
 

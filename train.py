@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from unet import (
     Checkpoint,
     augmentation,
     build_unet,
+    count_parameters,
     keras,
     learning_rate,
     load_unet,
@@ -52,6 +54,7 @@ from utils import (
     file_fingerprint,
     locked,
     map_in_order,
+    naming,
     read_csv,
     run_command,
     segmentation_metrics,
@@ -225,7 +228,10 @@ def stored_config(run, given):
 def check(config):
     """Raise UserError for settings that make no sense."""
     for field in dataclasses.fields(config):
-        value, minimum = getattr(config, field.name), field.metadata["minimum"]
+        value, minimum, choices = (getattr(config, field.name), *map(field.metadata.get, ("minimum", "choices")))
+        kinds = (int, float) if field.type is float else field.type
+        if not isinstance(value, kinds) or (choices and value not in choices):
+            raise UserError(f"--{field.name.replace('_', '-')} {value}: must be {choices or field.type.__name__}")
         if minimum is not None and not minimum <= value < 2**31:
             raise UserError(f"--{field.name.replace('_', '-')} {value}: must be at least {minimum}, and below 2**31")
     if not 0 < config.dropout < 1:
@@ -241,6 +247,13 @@ def check(config):
     if config.iterations and config.no_detection + config.most_uncertain + config.random > config.pool:
         raise UserError(
             f"--pool {config.pool}: fewer images than --no-detection, --most-uncertain and --random ask for"
+        )
+    needed = 16 * count_parameters(1, config.filters)  # a weight, its gradient and Adam's two moments, 4 bytes each
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(
+            f"--filters {config.filters}: training such a network takes {needed / 1e9:,.0f} GB of memory, and there "
+            f"are {memory / 1e9:,.0f} GB; use fewer"
         )
 
 
@@ -325,6 +338,15 @@ class Trainer:
             self.model.optimizer.learning_rate = self.config.learning_rate * rate
             self.step(*share_out(self.model.distribute_strategy, *batch))
             self.checkpoint.save_now_and_then(iteration, number + 1)
+        self.require_finite(*self.model.get_weights())
+
+    def require_finite(self, *arrays):
+        """Raise UserError if a number in them is not."""
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise UserError(
+                f"--learning-rate {self.config.learning_rate:g}: the training broke down, its weights or predictions "
+                "are no longer finite; lower it, or choose another --precision, and give another --run"
+            )
 
     def uncertainty(self, positions, iteration, images=None):
         """Mean and uncertainty map of the iteration's Monte Carlo passes: float32 (n, H, W) each. images: the data
@@ -358,7 +380,7 @@ class Trainer:
         for rated in track(map_in_order(rate, maps), f"iteration {iteration}: scoring the pool", len(chunks)):
             done.append(rated)
             if record:
-                with open(record, "a") as file:
+                with naming(record), open(record, "a") as file:
                     file.write(json.dumps([iteration, *rated]) + "\n")
         scores, dice = (np.concatenate(values) for values in zip(*done))
         return scores, dice
@@ -379,7 +401,9 @@ class Trainer:
             return {}
         metrics, lesion = [], []
         for some in in_chunks(positions, 64):
-            prediction = self.predict(some) > 0.5
+            prediction = self.predict(some)
+            self.require_finite(prediction)
+            prediction = prediction > 0.5
             metrics.append(segmentation_metrics(self.dataset.masks(some), prediction))
             lesion.append(prediction.mean())
         if max(lesion) == 0 or min(lesion) == 1:
@@ -397,7 +421,7 @@ def read_record(record, iteration):
         for line in file:
             try:
                 found, *rated = json.loads(line)
-            except ValueError:
+            except (ValueError, TypeError):
                 break
             if found != iteration or not line.endswith(b"\n"):
                 break
@@ -713,7 +737,10 @@ def begin(config, dataset, run):
     """Write config.json and environment.json, or, where an earlier start did, see that the data are the same."""
     fingerprint, path = file_fingerprint(dataset.path), run / "environment.json"
     if (run / "config.json").exists():
-        stored = json.loads(path.read_text()).get("data_fingerprint")
+        try:
+            stored = json.loads(path.read_text())["data_fingerprint"]
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: not as train.py wrote it ({error}); put it back, or give another --run")
         if stored != fingerprint:
             raise UserError(
                 f"{dataset.path} is not the file that {run} was begun with; put that back, or give another --run"
@@ -753,6 +780,11 @@ def main():
             except ceal.Unanswered as waiting:
                 print(f"when more masks are there (or now, with --partial), {go_on}")
                 return 2 if waiting.wrong else 0
+            except tf.errors.ResourceExhaustedError:
+                raise UserError(
+                    f"--batch-size {config.batch_size} --filters {config.filters}: not enough memory; lower one of "
+                    "them, or the images' size in data.py, and give another --run"
+                )
     last = run / f"iteration_{history[-1]['iteration']:0>2}"
     results = f"{run}/history.csv and {run}/dice.png hold" if len(parts.test) else f"{run}/history.csv holds"
     print(f"done: {results} the result, {last}/ the choices and their figures")

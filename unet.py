@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import os
 import time
 import warnings
@@ -11,7 +12,7 @@ from hashlib import blake2b
 import h5py
 import numpy as np
 
-from utils import UserError, derived_seed, whole_file
+from utils import LARGEST_SIDE, UserError, derived_seed, reserve, whole_file
 
 
 @contextlib.contextmanager
@@ -94,6 +95,15 @@ def build_unet(height, width, channels=1, filters=32, dropout=0.5, precision="fl
     # float32 whatever the precision: the loss and the variance need it.
     outputs = layers.Conv2D(1, 1, activation="sigmoid", dtype="float32", name="probability")(x)
     return keras.Model(inputs, outputs, name="unet")
+
+
+def count_parameters(channels, filters):
+    """The number of weights of such a `build_unet`, found without making it."""
+    widths = [filters * 2**level for level in range(LEVELS + 1)]
+    encoder = zip([channels, *widths], widths)
+    decoder = ((3 * width, width) for width in widths[:-1])  # the skip connection, and twice as many from below
+    convolutions = sum(9 * (inputs + width) * width + 2 * width for inputs, width in [*encoder, *decoder])
+    return convolutions + filters + 1
 
 
 def unet_settings(model):
@@ -235,23 +245,24 @@ class Checkpoint:
     def save_now_and_then(self, iteration, steps):
         """Save if the last time is long ago."""
         if time.monotonic() - self.saved > self.EVERY:
-            with whole_file(self.path) as partial:
-                self.model.save_weights(partial)
-                with h5py.File(partial, "a") as file:
-                    file.attrs.update(iteration=iteration, steps=steps)
+            save_weights(self.model, self.path, iteration=iteration, steps=steps)
             self.saved = time.monotonic()
 
     def load(self, iteration):
-        """Put the model where this iteration's training was; returns the steps done, 0 if there is no such file."""
+        """Put the model where this iteration's training was; returns the steps done, 0 if there is no such file.
+        Raises UserError if the file is damaged."""
         self.saved = time.monotonic()
+        if not self.path.exists():
+            return 0
         try:
             with h5py.File(self.path) as file:
-                found, steps = file.attrs["iteration"], int(file.attrs["steps"])
-        except FileNotFoundError:
-            return 0
-        if found != iteration:
-            return 0
-        self.model.load_weights(self.path)
+                found, steps = int(file.attrs["iteration"]), int(file.attrs["steps"])
+            if found != iteration:
+                return 0
+            load_weights(self.model, self.path)
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError, UserWarning) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.path}: damaged ({reason}); remove it to do this iteration's training again")
         return steps
 
 
@@ -437,30 +448,65 @@ def save_unet(model, path, mean, std):
     height, width, channels, filters, dropout, and the normalisation's mean and std, a list of float per channel."""
     settings = {**unet_settings(model), "mean": [float(m) for m in mean], "std": [float(s) for s in std]}
     del settings["precision"]  # the weights are float32 whatever they were trained in
+    save_weights(model, path, unet=json.dumps(settings))
+
+
+def save_weights(model, path, **attributes):
+    """Write the weights, and the optimizer's state if there is one, to `path` (*.weights.h5), whole or not at all."""
+    optimizer = getattr(model, "optimizer", None)  # a network that was not compiled has none
+    variables = [*model.variables, *(optimizer.variables if optimizer else [])]
     with whole_file(path) as partial:
+        reserve(partial, sum(4 * math.prod(variable.shape) + 4096 for variable in variables))
         model.save_weights(partial)
         with h5py.File(partial, "a") as file:
-            file.attrs["unet"] = json.dumps(settings)
+            file.attrs.update(attributes)
+
+
+def load_weights(model, path):
+    """`model.load_weights`, which raises UserWarning for what is not in the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # else Keras goes on without
+        model.load_weights(path)
+
+
+def _checked_settings(path):
+    """The settings of a weights file, a dict of what `save_unet` wrote. Raises ValueError and the like if they cannot
+    be: nothing is built, and no memory taken, by what a file merely claims."""
+    if not os.path.isfile(path) or not str(path).endswith(".weights.h5"):
+        raise ValueError("Keras wants a file whose name ends in .weights.h5")
+    with h5py.File(path) as file:
+        settings = json.loads(file.attrs["unet"])
+    sizes = [settings[name] for name in ("height", "width", "channels", "filters")]
+    height, width, channels, filters = sizes
+    whole = all(type(size) is int and size > 0 for size in sizes)
+    if not whole or max(height, width) > LARGEST_SIDE or channels not in (1, 3):
+        raise ValueError(f"impossible height, width, channels or filters: {sizes}")
+    if 4 * count_parameters(channels, filters) > os.path.getsize(path):
+        raise ValueError(f"the file is too small for {filters} filters")
+    if not 0 <= settings["dropout"] < 1:
+        raise ValueError(f"impossible dropout: {settings['dropout']}")
+    normalisation = np.array([settings["mean"], settings["std"]], float)
+    if normalisation.shape != (2, channels) or not np.isfinite(normalisation).all() or normalisation[1].min() <= 0:
+        raise ValueError("impossible mean or std")
+    return settings
 
 
 def load_unet(path, precision="float32"):
     """Read what `save_unet` wrote. Returns (model, settings), `settings` being the dict in the file's attribute.
 
     precision: a key of PRECISIONS, what the network is to compute in. Raises UserError if the file is missing, is not
-    a weights file of this project, or is damaged.
+    a weights file of this project, or is damaged. Numbers are all that is read: nothing in a file is ever run.
     """
+    if not os.path.exists(path):
+        raise UserError(f"{path}: there is no such weights file; train.py writes iteration_KK/model.weights.h5")
     try:
-        with h5py.File(path) as file:
-            settings = json.loads(file.attrs["unet"])
+        settings = _checked_settings(path)
         sizes = {k: settings[k] for k in ("height", "width", "channels", "filters", "dropout")}
         model = build_unet(**sizes, precision=precision)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # Keras only warns of layers that it does not find in the file
-            model.load_weights(path)
+        load_weights(model, path)
         if not all(np.isfinite(values).all() for values in model.get_weights()):
             raise ValueError("some are not finite: the training that wrote them broke down")
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such weights file; train.py writes iteration_KK/model.weights.h5")
-    except (OSError, KeyError, ValueError, TypeError, UserWarning) as error:
-        raise UserError(f"{path}: these are no weights written by train.py ({str(error).splitlines()[0]})")
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, ArithmeticError, UserWarning) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: these are no weights written by train.py ({reason[:200]}); give those of a run")
     return model, settings

@@ -22,10 +22,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+LARGEST_SIDE = 4096  # of the network's images: one map of its first level would be 2 GB
+
 # What the disk or its owner refuses; any other OSError is a bug of ours, and shows as one.
-REFUSALS = {
-    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST")
-}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, *FULL}
+REFUSALS |= {errno.ENAMETOOLONG, errno.ENOLCK, errno.EIO, errno.ESTALE}
 
 
 class UserError(Exception):
@@ -34,6 +36,7 @@ class UserError(Exception):
 
 def run_command(main):
     """Run `main()` as a script: a user's mistake becomes one sentence on stderr and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     try:
         sys.exit(main())
     except UserError as error:
@@ -41,12 +44,19 @@ def run_command(main):
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        message = f"{error.filename or 'a file'} cannot be read or written: {os.strerror(error.errno)}"
+        remedy = "make room, and give the same command again" if error.errno in FULL else "mend that, or use another"
+        message = f"{error.filename or 'a file'} cannot be read or written: {os.strerror(error.errno)}; {remedy}"
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    print(f"error: {message}", file=sys.stderr)
+    print_error(message)
     sys.exit(2)
+
+
+def print_error(message):
+    """Print one line on stderr: a line break or the like, as a file's name may hold, is escaped."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message))
+    print(f"error: {line}", file=sys.stderr)
 
 
 def progress_bar():
@@ -78,12 +88,30 @@ def map_in_order(function, items, workers=None):
             pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def naming(path):
+    """Let an OSError that names no file, as a full disk's does, name this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def _flush(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def reserve(path, size):
+    """Make `path` a file of `size` bytes, or raise OSError: h5py does not survive a disk that fills up under it."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 @contextlib.contextmanager
@@ -98,8 +126,13 @@ def whole_file(path):
         _flush(partial)
         os.replace(partial, path)
         _flush(path.parent)
+    except OSError as error:
+        if error.filename in (None, partial, str(partial)):
+            error.filename = str(path)
+        raise
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that is not to be written to
+            partial.unlink()
 
 
 @contextlib.contextmanager
@@ -129,16 +162,18 @@ def locked(folder):
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
+    with open(folder / ".lock", "a+b", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(f"{folder} is in use by {file.read() or 'another process'}: wait for it, or stop it")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
+            holder = file.read().decode() or "another process"
+            raise UserError(f"{folder} is in use by {holder}: wait for it, or stop it")
+        holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         try:
+            with naming(file.name):
+                file.truncate(0)
+                file.write(holder.encode())
             yield
         finally:
             if folder.exists() and [path.name for path in folder.iterdir()] == [".lock"]:
@@ -184,13 +219,15 @@ def file_fingerprint(path):
 
 def read_csv(path):
     """The rows of a csv file, a list of dict."""
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 
 def write_csv(path, header, rows):
     """Write a csv file, whole or not at all."""
-    with whole_file(path) as partial, open(partial, "w", newline="") as file:
+    # A file's name need not be text: its bytes come out as they went in.
+    encoding = {"encoding": "utf-8", "errors": "surrogateescape"}
+    with whole_file(path) as partial, open(partial, "w", newline="", **encoding) as file:
         csv.writer(file).writerows([header, *rows])
 
 

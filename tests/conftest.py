@@ -57,3 +57,30 @@ def write_blobs(path, count, height, width):
     rows = (Row(f"B_{n:07d}", "train", (height, width), images[n], masks[n]) for n in range(count))
     write_dataset(path, rows, count, height, width, 1, "discs")
     return path
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """A function (option, ...) that mounts an empty disk in memory and returns its folder; skips the test where that is
+    not allowed."""
+    folders = []
+
+    def mount(*options):
+        folder = tmp_path / f"disk_{len(folders)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", folder]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("mounting a disk takes rights that this process lacks")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def remount(folder, *options):
+    """Give a disk of `mount` other options."""
+    subprocess.run(["mount", "-o", ",".join(["remount", *options]), folder], check=True)

@@ -712,7 +712,7 @@ def test_a_disk_that_takes_no_more_is_one_sentence(tmp_path, limit):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: x.h5 needs 0.5 MB and cannot be written: File too large")
+    assert done.stderr.startswith("error: x.h5 cannot be read or written: File too large; make room")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -12,11 +12,16 @@ import sys
 import time
 
 import h5py
+import numpy as np
 import pytest
-from conftest import ROOT, write_blobs
+from conftest import ROOT, remount, write_blobs
+from PIL import Image
 
+import bench
+import data
+import predict
 import train
-from utils import UserError, read_csv
+from utils import UserError, read_csv, run_command
 
 KILLS = int(os.environ.get("KILLS", 10))
 OPTIONS = """
@@ -223,3 +228,178 @@ def test_force_moves_the_old_run_aside(half_run, data_file):
     assert len(read_csv(half_run / "history.csv")) == 1
     (aside,) = half_run.parent.glob("half-*")
     assert content(aside) == before
+
+
+# ---------------------------------------------------------------------------------------------------- full, read-only
+
+
+# Fills the disk, or lets no file grow, while each kind of file is being opened for the first time; then starts again.
+FULL_DISK = """
+import os, resource, shutil, sys
+from pathlib import Path
+root, folder, ballast, kinds, *arguments = sys.argv[1:]
+kinds, hard = kinds.split(), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+def fill():
+    if ballast == "limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        return
+    with open(ballast, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(Path(ballast).parent).free)
+def empty():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    Path(ballast).unlink(missing_ok=True)
+def hook(event, arguments):
+    global armed
+    if event == "open" and armed and armed in str(arguments[0]) and set(str(arguments[1])) & set("wa"):
+        armed = ""
+        fill()
+armed = ""
+sys.addaudithook(hook)
+sys.argv = ["train.py", "--run", folder, *arguments]
+sys.path.insert(0, root)
+import train
+train.Checkpoint.EVERY = 0
+for kind in [*kinds, ""]:
+    armed = kind
+    try:
+        train.run_command(train.main)
+    except SystemExit as stopped:
+        assert bool(stopped.code) == bool(kind), (kind, stopped.code)
+    empty()
+    assert not armed, kind
+    assert not list(Path(folder).rglob(".partial-*")), kind
+"""
+# In an order in which they are written, so that no start is needed in which nothing goes wrong.
+KINDS = """
+    environment.json config.json .training.weights.h5 partial-model.weights.h5
+    .partial-iteration_00/.partial-history.csv r/.partial-history.csv dice.png
+    .scoring.jsonl scores.csv queries.csv scores.png examples.png
+    .partial-iteration_01/.partial-model.weights.h5
+"""
+
+
+@pytest.fixture
+def ballast(request, tmp_path):
+    """Where a run goes and what fills the disk there: a file, or the word limit where no small disk can be had."""
+    try:
+        disk = request.getfixturevalue("mount")("size=4m")
+    except pytest.skip.Exception:
+        return tmp_path, "limit"
+    return disk, disk / "ballast"
+
+
+def test_a_run_whose_disk_fills_up_says_so_and_goes_on(ballast, whole_run, data_file, tmp_path):
+    folder, filler = ballast
+    run, options = folder / "r", ["--data", data_file, *OPTIONS.split(), "--iterations", "1"]
+    command = [sys.executable, "-c", FULL_DISK, ROOT, run, filler, " ".join(KINDS.split()), *options]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in done.stderr
+    reason = "File too large" if filler == "limit" else "No space left on device"
+    assert len(errors) == len(KINDS.split()), done.stderr
+    for kind, error in zip(KINDS.split(), errors):
+        assert error.startswith(f"error: {run}"), kind
+        assert error.endswith(f"{reason}; make room, and give the same command again"), kind
+        assert kind.split("/")[-1].split("partial-")[-1] in error
+    found, expected = content(run), content(whole_run[0])
+    for iteration in "iteration_00/", "iteration_01/":
+        names = [name for name in expected if name.startswith(iteration)]
+        assert [name for name in names if found[name] != expected[name]] == []
+    assert found["history.csv"] == expected["history.csv"][:2]
+
+
+@pytest.fixture
+def told(monkeypatch, capsys):
+    """Run a command in this process and expect it to end in one sentence, which is returned; nothing is half-written
+    in `folder`."""
+
+    def run(folder, script, *arguments):
+        monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            run_command(script.main)
+        error = capsys.readouterr().err
+        assert (stopped.value.code, error.count("\n"), error[:7]) == (2, 1, "error: "), error
+        assert not list(folder.rglob(".partial-*"))
+        return error
+
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of three pictures of noise, whose overlays take 480 kB each."""
+    (tmp_path / "pictures").mkdir()
+    for n in range(3):
+        noise = np.random.default_rng(n).integers(0, 256, (400, 400, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "pictures" / f"{n}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize("size", ["4k", "8k", "500k", "900k"])
+def test_predictions_onto_a_full_disk_are_whole_or_not_there(told, mount, pictures, unet_weights, monkeypatch, size):
+    disk = mount(f"size={size}")
+    arguments = pictures, "--weights", unet_weights, "--out", disk / "out", "--overlay", "--uncertainty", "--passes", 2
+    error = told(disk, predict, *arguments)
+    assert f"error: {disk}/out/" in error
+    assert "No space left on device; make room, and give the same command again" in error
+    for path in disk.rglob("*.png"):
+        with Image.open(path) as picture:
+            assert (picture.size, len(picture.tobytes())) == ((400, 400), 160_000 * len(picture.getbands()))
+    remount(disk, "size=8m")
+    assert predict.main() == 0
+    assert len(list(disk.rglob("*.png"))) == 9
+
+
+def test_a_data_file_on_a_full_disk_is_refused(told, mount, data_file, monkeypatch):
+    disk = mount("size=40k")
+    command = "synthetic", disk / "x.h5", "--images", 9, "--height", 32, "--width", 32
+    assert f"error: {disk} has 0.0 MB free and x.h5 needs 0.1 MB" in told(disk, data, *command)
+    assert f"error: {disk}/x.png cannot be" in told(disk, data, "show", data_file, disk / "x.png")
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**9))
+    assert f"error: {disk}/x.h5 cannot be read or written" in told(disk, data, *command)
+    assert list(disk.iterdir()) == []
+
+
+def test_a_disk_that_cannot_be_written_to_is_named(told, mount, half_run, data_file, pictures, unet_weights):
+    disk = mount("size=8m")
+    shutil.copytree(half_run, disk / "half")
+    remount(disk, "ro")
+    for script, named, *arguments in (
+        (train, "half/.lock", "--run", disk / "half"),
+        (train, "new", "--run", disk / "new", "--data", data_file, *OPTIONS.split()),
+        (train, "half/.lock", "--run", disk / "half", "--data", data_file, *OPTIONS.split(), "--force"),
+        (predict, "", pictures, "--weights", unet_weights, "--out", disk),
+        (predict, "out", pictures, "--weights", unet_weights, "--out", disk / "out"),
+        (data, "x.h5", "synthetic", disk / "x.h5", "--images", 3),
+        (data, "new", "synthetic", disk / "new" / "x.h5", "--images", 3),
+        (data, "x.png", "show", data_file, disk / "x.png"),
+        (bench, "", "--json", disk / "x.json"),
+    ):
+        error = told(disk, script, *arguments)
+        assert f"error: {disk / named}" in error
+        assert "Read-only file system; mend that, or use another" in error
+    assert content(disk / "half") == content(half_run)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "said"),
+    [
+        ("environment.json", lambda path: path.write_text(path.read_text()[:40]), "not as train.py wrote it"),
+        ("environment.json", lambda path: path.unlink(), "not as train.py wrote it"),
+        ("environment.json", lambda path: path.write_text("[]"), "not as train.py wrote it"),
+        (".training.weights.h5", lambda path: path.write_text("no weights"), "damaged"),
+        (".training.weights.h5", lambda path: h5py.File(path, "w").attrs.update(iteration=2, steps=1), "damaged"),
+    ],
+)
+def test_a_damaged_file_of_a_run_under_way_is_named(refused, half_run, name, spoil, said):
+    spoil(half_run / name)
+    assert f"{half_run / name}: {said}" in refused(half_run)
+
+
+@pytest.mark.parametrize("line", ["[2, [0.5], [0.5]", "5", "null", '{"a": 1}', "\x00\x00", "[1, [0.1], [0.2]]\n"])
+def test_a_damaged_record_of_a_scoring_is_cut(tmp_path, line):
+    record = tmp_path / "record"
+    record.write_text("[2, [0.25], [0.75]]\n" + line)
+    assert train.read_record(record, 2) == [[[0.25], [0.75]]]
+    assert record.read_text() == "[2, [0.25], [0.75]]\n"

@@ -1,0 +1,163 @@
+"""What cannot be an error: a network that sees nothing or lesion everywhere, equal scores, one image; and numbers so
+large that they mean "all"."""
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import write_blobs
+from PIL import Image
+
+import predict
+import train
+from data import Dataset
+from unet import build_unet, save_unet
+from utils import UserError, read_csv
+
+OPTIONS = """
+    --filters 1 --initial 4 --pool 12 --test 3 --initial-epochs 1 --active-epochs 1 --batch-size 4 --passes 2
+    --iterations 1 --no-detection 1 --most-uncertain 1 --random 2 --pseudo-start 1 --pseudo-first 2 --pseudo-step 1
+"""
+FIGURES = {"examples.png", "scores.png"}
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    return write_blobs(tmp_path_factory.mktemp("data") / "blobs.h5", 19, 32, 32)
+
+
+@pytest.fixture
+def run(data_file, tmp_path, monkeypatch):
+    """Run train.py in this process: the run's folder."""
+
+    def run(*arguments):
+        folder = tmp_path / "r"
+        command = ["train.py", "--run", folder, "--data", data_file, *OPTIONS.split(), *arguments]
+        monkeypatch.setattr("sys.argv", list(map(str, command)))
+        train.main()
+        return folder
+
+    return run
+
+
+def constant_unet(logit):
+    """`build_unet`, but what it builds says the same of every pixel: sigmoid(logit)."""
+
+    def build(*arguments, **options):
+        model = build_unet(*arguments, **options)
+        layer = model.get_layer("probability")
+        layer.set_weights([np.zeros(layer.kernel.shape), np.full(1, logit)])
+        return model
+
+    return build
+
+
+def assert_figures_are_drawn(folder):
+    for path in folder.iterdir():
+        if path.suffix == ".png":
+            with Image.open(path) as figure:
+                assert np.ptp(np.asarray(figure.convert("L"))) > 100
+    assert {path.name for path in folder.iterdir()} >= FIGURES
+
+
+@pytest.mark.parametrize(("logit", "distance"), [(-25, "both"), (0, "inside"), (25, "none")])
+def test_equal_scores_and_empty_or_full_predictions_are_no_error(run, data_file, monkeypatch, capsys, logit, distance):
+    """25: every pixel is lesion; -25: none is; 0: the probability is 0.5 everywhere, which is no lesion."""
+    monkeypatch.setattr(train, "build_unet", constant_unet(logit))
+    folder = run("--learning-rate", "1e-12", "--distance", distance)
+    collapsed = f"the network calls every pixel {'lesion' if logit > 0 else 'skin'}: it collapsed"
+    assert capsys.readouterr().out.count(collapsed) == 2
+    rows = read_csv(folder / "history.csv")
+    assert [(row["annotations"], row["pseudo_labels"]) for row in rows] == [("4", "0"), ("8", "2")]
+    for row in rows:
+        found = [float(row[name]) for name in ("sensitivity", "specificity")]
+        assert found == ([1, 0] if logit > 0 else [0, 1])
+    with Dataset(data_file) as dataset:
+        areas = {id: mask.mean() for id, mask in zip(dataset.ids, dataset.masks(range(19)))}
+    scores = read_csv(folder / "iteration_01" / "scores.csv")
+    assert [float(row["uncertainty"]) for row in scores] == [0.0] * 12
+    for row in scores:
+        area = areas[row["id"]]
+        assert float(row["dice"]) == pytest.approx(2 * area / (area + 1) if logit > 0 else 0)
+    queries = read_csv(folder / "iteration_01" / "queries.csv")
+    groups = ["no_detection", "most_uncertain", "random", "random", "pseudo", "pseudo"]
+    assert [row["group"] for row in queries] == groups
+    assert len({row["id"] for row in queries}) == len(queries)
+    assert_figures_are_drawn(folder / "iteration_01")
+
+
+def test_a_single_image_each_to_begin_with_to_ask_about_and_to_test_on(run, tmp_path):
+    data_file = write_blobs(tmp_path / "three.h5", 3, 32, 32)
+    one = [
+        "--initial",
+        "1",
+        "--pool",
+        "1",
+        "--test",
+        "1",
+        "--no-detection",
+        "0",
+        "--most-uncertain",
+        "0",
+        "--random",
+        "1",
+    ]
+    folder = run("--data", data_file, *one, "--iterations", "9")
+    rows = read_csv(folder / "history.csv")
+    assert [row["annotations"] for row in rows] == ["1", "2"]  # then the pool is empty
+    assert [row["pseudo_labels"] for row in rows] == ["0", "0"]
+    assert len(read_csv(folder / "iteration_01" / "scores.csv")) == 1
+    assert [row["group"] for row in read_csv(folder / "iteration_01" / "queries.csv")] == ["random"]
+    assert_figures_are_drawn(folder / "iteration_01")
+
+
+def test_numbers_that_are_too_large_mean_all(run):
+    """2**31 - 1 iterations, images in a batch and pseudo-labels."""
+    large = ["--iterations", "--batch-size", "--pseudo-first", "--pseudo-step"]
+    folder = run("--pool", "8", *itertools.chain(*((option, 2**31 - 1) for option in large)))
+    rows = read_csv(folder / "history.csv")
+    assert [int(row["annotations"]) for row in rows] == [4, 8, 12]
+    assert [int(row["pseudo_labels"]) for row in rows] == [0, 4, 0]  # all that nobody was asked about
+
+
+def not_finite(truth, prediction):
+    return train.tf.reduce_mean(prediction) * np.nan
+
+
+def test_a_training_that_breaks_down_says_so_and_writes_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "dice_loss", not_finite)
+    with pytest.raises(UserError, match="--learning-rate 1e-05: the training broke down"):
+        run()
+    assert not list((tmp_path / "r").glob("*iteration*"))
+
+
+def test_a_network_that_overflows_is_a_training_that_broke_down(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "build_unet", constant_unet(np.nan))
+    monkeypatch.setattr(train.Trainer, "fit", lambda *_: None)
+    with pytest.raises(UserError, match="--learning-rate 1e-05: the training broke down"):
+        run()
+    assert not list((tmp_path / "r").glob("*iteration*"))
+
+
+def test_too_little_memory_is_one_sentence(run, tmp_path, monkeypatch):
+    def fail(*_):
+        raise train.tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[32,64,192,240]")
+
+    monkeypatch.setattr(train.Trainer, "fit", fail)
+    with pytest.raises(UserError, match="--batch-size 4 --filters 1: not enough memory; lower one of them"):
+        run()
+    assert not list((tmp_path / "r").glob("*iteration*"))
+
+
+@pytest.mark.parametrize(("logit", "value", "grey"), [(-25, 0, 0), (0, 0, 0), (25, 255, 0)])
+def test_predictions_that_are_empty_or_full_are_masks(tmp_path, monkeypatch, capsys, logit, value, grey):
+    save_unet(constant_unet(logit)(32, 32, filters=1), tmp_path / "x.weights.h5", [128.0], [50.0])
+    Image.fromarray(np.full((30, 40), 99, np.uint8)).save(tmp_path / "one.png")
+    options = ["--weights", tmp_path / "x.weights.h5", "--out", tmp_path / "out", "--uncertainty", "--overlay"]
+    monkeypatch.setattr("sys.argv", list(map(str, ["predict.py", tmp_path / "one.png", *options])))
+    assert predict.main() == 0
+    for name, level in ("one_segmentation", value), ("uncertainty/one_uncertainty", grey), ("overlay/one_overlay", 99):
+        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
+            assert picture.size == (40, 30)
+            assert set(np.unique(picture)) == {level}
+    assert read_csv(tmp_path / "out" / "uncertainty" / "scores.csv") == [{"name": "one", "uncertainty": "0.0"}]
