@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from scipy.ndimage import binary_dilation, binary_erosion, distance_transform_edt
 
-from data import FORMATS, UNREADABLE, open_mask, shrink_mask
+from data import open_mask, open_picture, shrink_mask
 from utils import UserError, read_csv, resize_map, whole_file, whole_folder, write_csv
 
 BINS = 80  # of the histogram of scores [C]
@@ -467,7 +467,8 @@ class FolderOracle:
             except OSError as error:
                 raise UserError(f"{original}: the image cannot be read ({error.strerror}); put it back where it was")
             (folder / "images" / f"{id}{original.suffix}").write_bytes(content)
-            picture = open_picture(original, content)
+            with open_picture(original, io.BytesIO(content)) as picture:
+                picture = ImageOps.exif_transpose(picture)
         if picture.size[::-1] != size:
             raise UserError(f"{original}: is not the image that it was ({size[0]}x{size[1]}); put that back")
         if proposal:
@@ -515,14 +516,6 @@ PROPOSALS = """\
 NO_PROPOSALS = """\
   There is no proposed/ and no overlay/ yet: the network has not seen any mask.
 """
-
-
-def open_picture(path, content):
-    """The picture in a file's content as it is displayed, a Pillow image. Raises UserError if it is unreadable."""
-    try:
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=FORMATS))
-    except UNREADABLE:
-        raise UserError(f"{path}: not a readable picture any more; put back what it was")
 
 
 def draw_overlay(picture, probabilities, uncertainty, longest=1024):
