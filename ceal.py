@@ -524,7 +524,7 @@ def draw_overlay(picture, probabilities, uncertainty, longest=1024):
     picture.thumbnail((longest, longest))
     size = picture.size[::-1]
     lesion, doubt = resize_map(probabilities, size) > 0.5, resize_map(uncertainty, size)
-    red = 0.7 * doubt[..., None] / max(doubt.max(), 1e-9)
+    red = 0.7 * doubt[..., None] / max(doubt.max(), 0.01)  # where nothing is uncertain, nothing is red
     pixels = np.asarray(picture) * (1 - red) + np.array([255, 0, 0]) * red
     pixels[binary_dilation(lesion) & ~binary_erosion(lesion, border_value=1)] = 0, 255, 255
     return Image.fromarray(pixels.round().astype(np.uint8))
