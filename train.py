@@ -91,6 +91,9 @@ class Config:
     initial: int = setting(600, "images labelled from the start", 1)
     pool: int = setting(1000, "unlabelled images that the oracle can be asked about", 0)
     test: int = setting(400, "test images: never scored, asked about or trained on; 0: nothing is measured", 0)
+    validation: int = setting(
+        0, "measure on so many of the labelled images, held out, in place of the test images: to choose settings by", 0
+    )
     oracle: str = setting(
         "simulated", "who is asked: the masks in the data file, or a person", choices=("simulated", "folder")
     )
@@ -160,9 +163,8 @@ DEMO_SIZE = {"height": 64, "width": 80, "channels": 1}
 SWITCHES = {"wait": "watch the folder until all is answered", "partial": "go on with what is answered"}
 
 
-def read_config(arguments=None):
-    """The command line as a checked Config: of a run that is there already, its settings; else the preset's, then
-    those given. With --force the folder of an earlier run is moved aside."""
+def argument_parser():
+    """The command line: an option for each field of Config, and what is no setting of a run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -180,7 +182,15 @@ def read_config(arguments=None):
     parser.add_argument("--force", action="store_true", help="start anew; an earlier run of this name is moved aside")
     for name, help in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"--oracle folder: {help}")
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if name not in SWITCHES}
+    return parser
+
+
+def read_command_line(arguments=None):
+    """The command line as a checked Config, and which of SWITCHES are given, a dict of bool. The settings are those of
+    a run that is there already; else the preset's, then those given. With --force the folder of an earlier run is moved
+    aside."""
+    given = vars(argument_parser().parse_args(arguments))
+    switches = {name: given.pop(name) for name in SWITCHES}
     force, run = given.pop("force"), Path(given.get("run", "auto"))
     if force and run.exists():
         aside = run.with_name(f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -188,22 +198,22 @@ def read_config(arguments=None):
             run.rename(aside)
         print(f"{run} is now {aside}")
     if (run / "config.json").exists():
-        return stored_config(run, given)
-    config = Config(**{**PRESETS[given.get("preset", "paper")], **given})
-    check(config)
+        config = stored_config(run, given)
+    else:
+        config = Config(**{**PRESETS[given.get("preset", "paper")], **given})
+        check(config)
     if config.run == "auto":
         config.run = time.strftime(f"runs/{config.preset}-%Y%m%d-%H%M%S")
-    return config
-
-
-def read_switches(config):
-    """Which of SWITCHES are given, a dict of bool. Raises UserError if they make no sense."""
-    switches = {name: f"--{name}" in sys.argv for name in SWITCHES}
     if config.oracle == "simulated" and any(switches.values()):
         raise UserError("--wait and --partial are for a person's answers: give --oracle folder, or leave them out")
     if all(switches.values()):
         raise UserError("--wait is for all answers and --partial for some: give one of them")
-    return switches
+    return config, switches
+
+
+def read_config(arguments=None):
+    """The Config of `read_command_line` alone."""
+    return read_command_line(arguments)[0]
 
 
 def stored_config(run, given):
@@ -248,6 +258,8 @@ def check(config):
         raise UserError(
             f"--pool {config.pool}: fewer images than --no-detection, --most-uncertain and --random ask for"
         )
+    if config.validation >= config.initial:
+        raise UserError(f"--validation {config.validation}: must leave some of the --initial {config.initial} images")
     needed = 16 * count_parameters(1, config.filters)  # a weight, its gradient and Adam's two moments, 4 bytes each
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
@@ -670,6 +682,17 @@ def open_dataset(config):
     return Dataset(path)
 
 
+def hold_out(parts, dataset, validation, seed):
+    """The data.Split with so many of the labelled images, drawn by the seed, in place of the test images."""
+    if not validation:
+        return parts
+    with_mask = parts.initial[dataset.has_mask[parts.initial]]
+    if len(with_mask) < validation:
+        raise UserError(f"--validation {validation}: only {len(with_mask)} of the --initial images have masks")
+    held_out = np.random.default_rng(derived_seed(seed, "validation")).permutation(with_mask)[:validation]
+    return parts._replace(initial=np.setdiff1d(parts.initial, held_out), test=np.sort(held_out))
+
+
 def print_plan(config, dataset, parts):
     """What the run will do, before it does it."""
     size = f"{dataset.height}x{dataset.width}, {dataset.channels} channel(s)"
@@ -756,8 +779,7 @@ def begin(config, dataset, run):
 
 def main():
     """The command line."""
-    config = read_config()
-    switches = read_switches(config)
+    config, switches = read_command_line()
     run = Path(config.run)
     if run.exists() and not (run / "config.json").exists() and not (run.is_dir() and only_ours(run)):
         raise UserError(f"{run} exists already and is no run: give another --run, or move it away")
@@ -772,6 +794,7 @@ def main():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         with open_dataset(config) as dataset:
             parts = split(dataset, config.initial, config.pool, config.test, config.split_seed)
+            parts = hold_out(parts, dataset, config.validation, config.split_seed)
             oracle = find_oracle(config, dataset, parts, run, switches)
             print_plan(config, dataset, parts)
             begin(config, dataset, run)

@@ -232,6 +232,22 @@ def test_the_test_images_metrics_are_written_one_by_one(a_run, dataset):
         assert float(row[name]) == pytest.approx(np.mean([float(r[name]) for r in rows]), abs=2e-6)
 
 
+def test_settings_can_be_chosen_by_labelled_images_held_out(a_run, dataset, tmp_path, monkeypatch):
+    """The test images are then neither trained on nor measured, and the rest is as it was."""
+    run = tmp_path / "r"
+    arguments = f"train.py --data {dataset.path} --run {run} --iterations 0 {TINY} {QUERIES} --validation 6"
+    monkeypatch.setattr("sys.argv", [*arguments.split(), "--initial-epochs", "1"])
+    trained = []
+    monkeypatch.setattr(train.Trainer, "fit", lambda self, positions, *_: trained.extend(positions))
+    train.main()
+    measured = {row["id"] for row in read_csv(run / "iteration_00" / "test.csv")}
+    initial = set(dataset.ids[split(dataset, 16, 30, 10).initial])
+    assert len(measured) == 6
+    assert measured < initial
+    assert set(dataset.ids[trained]) == initial - measured
+    assert len(trained) == 10
+
+
 def test_a_pool_that_runs_empty_ends_the_run(dataset, tmp_path, monkeypatch, capsys):
     arguments = f"train.py --data {dataset.path} --run {tmp_path / 'r'} --iterations 9 {TINY} {QUERIES}"
     monkeypatch.setattr("sys.argv", [*arguments.split(), "--random", "14"])
