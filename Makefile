@@ -9,7 +9,7 @@ demo: .venv/installed  ## the whole program on synthetic lesions
 test: .venv/installed-dev  ## all tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto --dist loadfile
 
 faults: .venv/installed-dev  ## 100 kills of a run, and 100 of one that asks a person
 	KILLS=100 $(PYTHON) -m pytest tests/test_faults.py tests/test_oracle.py -s -k again_and_again
