@@ -11,8 +11,8 @@ test: .venv/installed-dev  ## all tests
 	.venv/bin/ruff format --check .
 	$(PYTHON) -m pytest
 
-faults: .venv/installed-dev  ## 100 kills of a run, about 20 minutes
-	KILLS=100 $(PYTHON) -m pytest tests/test_faults.py -s -k again_and_again
+faults: .venv/installed-dev  ## 100 kills of a run, and 100 of one that asks a person
+	KILLS=100 $(PYTHON) -m pytest tests/test_faults.py tests/test_oracle.py -s -k again_and_again
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv

@@ -232,12 +232,13 @@ def bench_predicting(config, size, folder, count, rounds):
     model = build_unet(*size, config.filters)
     settings = dict(zip(("height", "width", "channels", "mean", "std"), (*size, 128.0, 50.0)))
     pictures = [predict.read(path, settings) for path in photographs]
-    rows = list(predict.predict_batch(model, settings, pictures, 0))
+    options = predict.Options(folder / "out")
+    rows = list(predict.predict_batch(model, settings, pictures, options))
     functions = {
-        "predict.py": lambda: predict.predict_all(photographs, model, settings, folder / "out", 0, False),
+        "predict.py": lambda: predict.predict_all(photographs, model, settings, options),
         "reading": lambda: exhaust(map_in_order(lambda path: predict.read(path, settings), photographs)),
-        "network": lambda: [predict.predict_batch(model, settings, some, 0) for some in predict.in_batches(pictures)],
-        "writing": lambda: exhaust(map_in_order(lambda row: predict.save_results(folder / "out", *row, False), rows)),
+        "network": lambda: [predict.predict_batch(model, settings, b, options) for b in predict.in_batches(pictures)],
+        "writing": lambda: exhaust(map_in_order(lambda row: predict.save_results(*row, options), rows)),
     }
     seconds = in_turns(functions, rounds)
     total, slowest = seconds.pop("predict.py"), max(seconds, key=seconds.get)

@@ -1,6 +1,7 @@
-"""ISIC 2017 folders, or synthetic lesions, to one HDF5 file; reading that file; the paper's split.
+"""ISIC 2017 folders, any folder of images, or synthetic lesions to one HDF5 file; reading that file; the split.
 
 python data.py isic isic2017 datasets/isic2017.h5               # 192x240, one grey channel, as in the paper
+python data.py folder photos datasets/photos.h5 --masks masks   # your own images, with masks for some, all or none
 python data.py synthetic datasets/synthetic.h5 --images 280     # lesions drawn by the program, no download
 python data.py info datasets/isic2017.h5
 python data.py show datasets/isic2017.h5 sheet.png
@@ -12,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import unicodedata
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -20,13 +22,15 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy import fft, ndimage
 
 from utils import LARGEST_SIDE, UserError, map_in_order, reserve, run_command, track, whole_file
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 PARTS = {"train": "Training", "validation": "Validation", "test": "Test_v2"}  # ours: the challenge's
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+NOT_AN_IMAGE = ("_superpixels", "_segmentation")  # what ISIC's folders hold beside the images
 SPLIT_SEED = 2017
 SHEET = 1000  # images on a contact sheet, which is 30 pixels high for each
 # Two pictures of one lesion each: on one side of any split.
@@ -43,14 +47,14 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
-# ---------------------------------------------------------------------------------------------- the folders of ISIC
+# ------------------------------------------------------------------------------------------- the folders of pictures
 
 
 class Pair(NamedTuple):
     id: str
     part: str
     image: str  # the paths: 100,000 Path objects would take more memory than all else
-    mask: str
+    mask: str  # "": none
 
 
 def find_pairs(source):
@@ -82,32 +86,75 @@ def find_pairs(source):
 
 
 def _files_by_id(source, folder, pattern):
-    files = {}
+    files = []
     for found in sorted([*source.glob(folder), *source.glob(f"*/{folder}")]):
         for name in sorted(os.listdir(found)) if found.is_dir() else []:
-            match = re.fullmatch(pattern, name, re.IGNORECASE)
-            if not match:
-                continue
-            id, path = match[1].upper(), os.path.join(found, name)
-            if id in files:
-                raise UserError(f"{files[id]} and {path} are both for {id}: remove one of them")
-            files[id] = path
-    return files
+            if match := re.fullmatch(pattern, name, re.IGNORECASE):
+                files.append((match[1].upper(), os.path.join(found, name)))
+    return _one_of_each(files)
+
+
+def _one_of_each(files):
+    """A dict of the (id, path) in `files`. Raises UserError if an id is there twice."""
+    found = {}
+    for id, path in files:
+        if id in found:
+            raise UserError(f"{found[id]} and {path} are both for {id}: remove one of them")
+        found[id] = path
+    return found
+
+
+def find_folder(images, masks=None):
+    """The images in any folder, and the masks in the folder `masks` of some, all or none: a list of Pair, by id.
+
+    An id is the image's name without its suffix; the mask is ID.png or ID_segmentation.png, the latter alone if the
+    two folders are one. Raises UserError for a mask without an image, and for two files of one id.
+    """
+    pictures = _one_of_each(
+        (stem, path)
+        for stem, suffix, path in _list_files(images)
+        if suffix in SUFFIXES and not stem.lower().endswith(NOT_AN_IMAGE)
+    )
+    if not pictures:
+        raise UserError(f"{images}: no image in this folder ({' '.join(sorted(SUFFIXES))})")
+    of_images = masks and os.path.isdir(masks) and os.path.samefile(images, masks)
+    drawn = _one_of_each(
+        (re.sub("_segmentation$", "", stem, flags=re.IGNORECASE), path)
+        for stem, suffix, path in (_list_files(masks) if masks else [])
+        if suffix == ".png" and (stem.lower().endswith("_segmentation") or not of_images)
+    )
+    if alone := sorted(drawn.keys() - pictures.keys()):
+        raise UserError(f"{drawn[alone[0]]} has no image ({len(alone)} such files): add the image or remove the mask")
+    return [Pair(id, "train", pictures[id], drawn.get(id, "")) for id in sorted(pictures)]
+
+
+def _list_files(folder):
+    """(name without suffix, suffix in lower case, path) of what is in the folder and not hidden, by name."""
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: {'no folder' if os.path.exists(folder) else 'there is no such folder'}")
+    for name in sorted(os.listdir(folder)):
+        stem, suffix = os.path.splitext(name)
+        if name.startswith("."):
+            continue
+        if re.search("[\0-\x1f\ud800-\udfff]", name):
+            raise UserError(f"{folder}: the name {name!a} is not UTF-8 or has a control character; rename the file")
+        # Macs write an accented letter as two characters, all others as one.
+        yield unicodedata.normalize("NFC", stem), suffix.lower(), os.path.join(folder, name)
 
 
 @contextlib.contextmanager
-def open_picture(path):
+def open_picture(path, file=None):
     """A picture as Pillow opens it, for a block that decodes it; of several pages or frames the first.
 
-    Raises UserError if the file is missing, is none (a folder, a pipe), is no 8-bit picture, claims more than 178
-    megapixels, or is damaged, which may show in the block only."""
+    Raises UserError if the file is missing, is none (a folder, a pipe), claims more than 178 megapixels, is no picture,
+    or is damaged, which may show in the block only. file: what to read if it is not `path` itself, a file object."""
     try:
-        if not os.path.isfile(path):  # the system's pipes and devices may never end
+        if not file and not os.path.isfile(path):  # the system's pipes and devices may never end
             raise UserError(f"{path}: there is no such file" + " but a folder or a pipe" * os.path.exists(path))
-        with Image.open(path, formats=FORMATS) as picture:
-            if picture.mode.startswith(("I", "F")):
-                raise UserError(f"{path}: more than 8 bits per channel; save it with 8")
+        with Image.open(file or path, formats=FORMATS) as picture:
             yield picture
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not a readable picture, or of an unknown kind; get it again, or export it as PNG")
     except UNREADABLE as error:
         raise UserError(f"{path}: not a readable picture ({error}); get or export it again")
 
@@ -120,6 +167,8 @@ def read_image(path, height, width, channels):
     """
     mode = "L" if channels == 1 else "RGB"
     with open_picture(path) as picture:
+        if picture.mode.startswith(("I", "F")):
+            raise UserError(f"{path}: more than 8 bits per channel; save it with 8")
         turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         original = picture.size if turned else picture.size[::-1]  # as displayed: (height, width)
         # A JPEG decodes at 1/2, 1/4 or 1/8 of its size, in grey if asked: far less work, the same result.
@@ -130,39 +179,81 @@ def read_image(path, height, width, channels):
     return pixels.reshape(height, width, channels), original
 
 
+def open_mask(path, file=None):
+    """One mask at its own size, as displayed: a Pillow image of mode L in which skin is 0 and lesion 255.
+
+    Transparent pixels are skin; where there are two colours and one is black, the other one is lesion; else grey
+    values at edges are rounded. Raises UserError if the mask is unreadable or not two-valued.
+    file: what to read if it is not `path` itself, a file object.
+    """
+    with open_picture(path, file) as picture:
+        if picture.format in ("JPEG", "MPO", "JPEG2000"):
+            raise UserError(f"{path}: a JPEG blurs a mask's outline; save the mask as PNG")
+        if getattr(picture, "n_frames", 1) > 1:
+            raise UserError(f"{path}: {picture.n_frames} pages; save the mask as one picture without layers")
+        ImageOps.exif_transpose(picture, in_place=True)
+        picture = picture if picture.mode == "L" else _in_grey(picture)  # which would copy many megapixels
+    counts = np.array(picture.histogram())
+    (values,) = np.nonzero(counts)
+    of_two = values[-1] == 1 or (len(values) == 2 and values[0] == 0)
+    grey = 0 if of_two else counts[16:240].sum() / counts.sum()
+    if grey > 0.02:
+        raise UserError(f"{path}: not a mask, {grey:.0%} of it is neither black nor white; save it as 0 and 255")
+    if set(values) - {0, 255}:
+        threshold = 0 if of_two else 128  # where the challenge's scorer cuts
+        picture = picture.point([255 * (value > threshold) for value in range(256)])
+    return picture
+
+
+def _in_grey(picture):
+    """The picture of any mode in mode L; of two colours of which one is black, the other becomes white."""
+    if picture.mode.startswith(("I", "F")):  # which Pillow would clip at 255
+        pixels = np.asarray(picture)
+        values = np.unique(pixels)
+        if len(values) > 2 or (len(values) == 2 and values[0] != 0):
+            raise ValueError("more than 8 bits per pixel, and more than black and one other value")
+        return Image.fromarray(255 * (pixels > 0).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA"))
+    picture = picture.convert("RGB")
+    colors = [color for _, color in picture.getcolors(2) or []]
+    if len(colors) == 2 and (0, 0, 0) in colors:
+        picture = picture.point(3 * [0, *255 * [255]])
+    return picture.convert("L")
+
+
+def shrink_mask(picture, height, width):
+    """A mask of `open_mask` at the network's size: uint8 0/1 (height, width)."""
+    # Averaging blocks of pixels first: a mask of many megapixels would take longer to resize than to read.
+    small = picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3)
+    return (np.asarray(small) > 127).astype(np.uint8)
+
+
 def read_mask(path, height, width):
     """One mask at the network's size: (uint8 0/1 (height, width), its original (height, width)).
 
-    Grey values at edges are rounded. Raises UserError if the mask is unreadable, not two-valued, or empty.
+    Raises UserError as `open_mask` does, and if the mask is empty.
     """
-    with open_picture(path) as picture:
-        ImageOps.exif_transpose(picture, in_place=True)
-        picture = picture if picture.mode == "L" else picture.convert("L")  # it would copy many megapixels
-    counts = np.array(picture.histogram())
-    grey = counts[16:240].sum() / counts.sum()
-    if grey > 0.02:
-        raise UserError(f"{path}: not a mask, {grey:.0%} of it is neither black nor white; save it as 0 and 255")
-    (values,) = np.nonzero(counts)
-    if set(values) - {0, 255}:
-        threshold = 0 if values[-1] == 1 else 127
-        picture = picture.point([255 * (value > threshold) for value in range(256)])
-    # Averaging blocks of pixels first: a mask of many megapixels would take longer to resize than to read.
-    small = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3)) > 127
+    picture = open_mask(path)
+    small = shrink_mask(picture, height, width)
     if not small.any():
         raise UserError(f"{path}: the mask is empty at {height}x{width}; draw the lesion or remove the pair")
-    return small.astype(np.uint8), picture.size[::-1]
+    return small, picture.size[::-1]
 
 
 def read_pair(pair, height, width, channels):
-    """Image and mask of a Pair as a row for `write_dataset`; UserError if their aspects differ by over 2 %."""
+    """Image and mask, if there is one, of a Pair as a row for `write_dataset`; UserError if their aspects differ by
+    over 2 %."""
     image, (rows, columns) = read_image(pair.image, height, width, channels)
+    if not pair.mask:
+        return Row(pair.id, pair.part, (rows, columns), image, None, pair.image)
     mask, (mask_rows, mask_columns) = read_mask(pair.mask, height, width)
     if abs(mask_columns * rows / (mask_rows * columns) - 1) > 0.02:
         raise UserError(
             f"{pair.mask} is {mask_rows}x{mask_columns} and its image {rows}x{columns} rows x columns: "
             "not the same picture; get or draw the mask again"
         )
-    return Row(pair.id, pair.part, (rows, columns), image, mask)
+    return Row(pair.id, pair.part, (rows, columns), image, mask, pair.image)
 
 
 # ------------------------------------------------------------------------------------------------- synthetic lesions
@@ -281,14 +372,16 @@ class Row(NamedTuple):
     part: str
     original_size: tuple  # (height, width)
     image: np.ndarray  # uint8 (H, W, C)
-    mask: np.ndarray  # uint8 0/1 (H, W)
+    mask: np.ndarray  # uint8 0/1 (H, W); None: there is none
+    file: str = ""  # the image's path
 
 
-def write_dataset(out, rows, count, height, width, channels, source, force=False):
+def write_dataset(out, rows, count, height, width, channels, source, force=False, folder=""):
     """Write `count` rows to the HDF5 file `out`, whole or not at all.
 
-    `images` uint8 (N, H, W, C) and `masks` uint8 0/1 (N, H, W), a chunk per image; `ids`, `part`, `original_sizes`
-    (height, width); attributes source, height, width, channels, layout_version.
+    `images` uint8 (N, H, W, C) and `masks` uint8 0/1 (N, H, W), a chunk per image, 0 where there is no mask;
+    `has_mask` bool (N,); `ids`, `part`, `original_sizes` (height, width), `files`, the images' paths below the folder;
+    attributes source, folder, height, width, channels, layout_version.
     Raises UserError if `out` exists (unless `force`), the size does not suit the network, or the disk is too small.
     """
     out = Path(out)
@@ -309,19 +402,23 @@ def write_dataset(out, rows, count, height, width, channels, source, force=False
             shape = (count, height, width, channels)
             images = file.create_dataset("images", shape, "uint8", chunks=(1, *shape[1:]))
             masks = file.create_dataset("masks", shape[:3], "uint8", chunks=(1, *shape[1:3]))
-            ids, parts, sizes = [], [], np.empty((count, 2), "int32")
+            text = {"ids": [], "part": [], "files": []}
+            sizes, has_mask = np.empty((count, 2), "int32"), np.zeros(count, bool)
             for n, row in enumerate(track(rows, f"writing {out.name}", count)):
-                images[n], masks[n] = row.image, row.mask
-                ids.append(row.id)
-                parts.append(row.part)
-                sizes[n] = row.original_size
-            file.create_dataset("ids", data=ids, dtype=h5py.string_dtype())
-            file.create_dataset("part", data=parts, dtype=h5py.string_dtype())
+                images[n], sizes[n], has_mask[n] = row.image, row.original_size, row.mask is not None
+                if has_mask[n]:
+                    masks[n] = row.mask
+                values = row.id, row.part, os.path.relpath(row.file, folder) if folder else ""
+                for column, value in zip(text.values(), values):
+                    column.append(value)
+            for name, values in text.items():
+                file.create_dataset(name, data=values, dtype=h5py.string_dtype())
             file.create_dataset("original_sizes", data=sizes)
-            file.attrs.update(source=str(source), height=height, width=width, channels=channels)
-            file.attrs["layout_version"] = LAYOUT_VERSION
+            file.create_dataset("has_mask", data=has_mask)
+            file.attrs.update(source=str(source), folder=folder and os.path.abspath(folder))
+            file.attrs.update(height=height, width=width, channels=channels, layout_version=LAYOUT_VERSION)
         with Dataset(partial) as written:
-            if len(set(written.ids)) < count or not written.masks([count - 1]).any():
+            if len(set(written.ids)) < count or written.masks([count - 1]).any() != written.has_mask[-1]:
                 raise UserError(f"{out}: what was written does not read back; check the disk and try again")
 
 
@@ -336,7 +433,8 @@ def check_output(path, force):
 class Dataset:
     """An HDF5 file of `write_dataset`, open for reading. Images are addressed by their position in the whole file.
 
-    path, source, height, width, channels; ids and part: str arrays (N,); original_sizes: int (N, 2).
+    path, source, folder, height, width, channels; ids, part, files: str arrays (N,); has_mask: bool (N,);
+    original_sizes: int (N, 2).
     """
 
     def __init__(self, path):
@@ -348,11 +446,11 @@ class Dataset:
             version = self._file.attrs["layout_version"]
             if version != LAYOUT_VERSION:
                 raise UserError(f"{path}: layout version {version}, this program reads {LAYOUT_VERSION}; make it again")
-            self.source = self._file.attrs["source"]
+            self.source, self.folder = self._file.attrs["source"], self._file.attrs["folder"]
             _, self.height, self.width, self.channels = self._file["images"].shape
-            self.ids = self._file["ids"].asstr()[:]
-            self.part = self._file["part"].asstr()[:]
+            self.ids, self.part, self.files = (self._file[name].asstr()[:] for name in ("ids", "part", "files"))
             self.original_sizes = self._file["original_sizes"][:]
+            self.has_mask = self._file["has_mask"][:]
             self._check()
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise self._damaged(error)
@@ -365,8 +463,8 @@ class Dataset:
             raise self._damaged(f"{count} ids, images {images.shape}, masks {masks.shape}")
         if {images.dtype, masks.dtype} != {np.dtype("uint8")} or self.channels not in (1, 3):
             raise self._damaged(f"images {images.dtype}, masks {masks.dtype}, {self.channels} channels")
-        if not len(self.part) == len(self.original_sizes) == count:
-            raise self._damaged(f"{count} ids, {len(self.part)} parts, {len(self.original_sizes)} sizes")
+        if {len(part) for part in (self.part, self.files, self.original_sizes, self.has_mask)} != {count}:
+            raise self._damaged(f"{count} ids, but not as many parts, files, sizes and marks of a mask")
 
     def __enter__(self):
         return self
@@ -382,7 +480,7 @@ class Dataset:
         return self._read("images", positions)
 
     def masks(self, positions):
-        """uint8 0/1 (n, H, W), in the order of `positions`."""
+        """uint8 0/1 (n, H, W), in the order of `positions`; 0 where there is no mask."""
         return self._read("masks", positions)
 
     def _read(self, name, positions):
@@ -409,7 +507,10 @@ class Split(NamedTuple):
 def split(dataset, initial=600, pool=1000, test=400, seed=SPLIT_SEED):
     """The paper's split of the dataset's training part, drawn by `seed`: a Split of sorted positions.
 
-    Near-duplicates are on one side. Raises UserError if there are fewer images than asked for.
+    The test images depend on the seed and their number alone, so that results with more or fewer labels compare. Where
+    some images have no mask, those for test and then the labelled ones are drawn from those that have one: the test
+    images all have, the labelled ones as far as there are enough. Near-duplicates are on one side.
+    Raises UserError if there are fewer images, or fewer with a mask, than asked for.
     """
     candidates = np.flatnonzero(dataset.part == "train")
     unused = len(candidates) - initial - pool - test
@@ -419,23 +520,55 @@ def split(dataset, initial=600, pool=1000, test=400, seed=SPLIT_SEED):
             f"pool + {test} for test; lower --initial, --pool or --test"
         )
     order = np.random.default_rng(seed).permutation(candidates)
-    side = np.repeat(range(4), [initial, pool, test, unused])
-    _join_near_duplicates(dataset.ids, order, side)
+    drawn = order[dataset.has_mask[order]]
+    if len(drawn) < test:
+        raise UserError(
+            f"{dataset.path} has {len(drawn)} training images with a mask, too few for {test} for test; lower --test "
+            "(0: no test), or give data.py the masks of more"
+        )
+    tested = drawn[len(drawn) - test :]
+    others = order[~np.isin(order, tested)]
+    labelled = others[np.argsort(~dataset.has_mask[others], kind="stable")][:initial]
+    order = np.concatenate([labelled, others[~np.isin(others, labelled)], tested])
+    side = np.repeat([0, 1, 3, 2], [initial, pool, unused, test])
+    _join_near_duplicates(dataset, order, side == 2, side == 2)
+    _join_near_duplicates(dataset, order, side, side == 2)
     return Split(*(np.sort(order[side == number]) for number in range(3)))
 
 
-def _join_near_duplicates(ids, order, side):
-    """Exchange positions within `order`, in place, until both of each pair have the same `side`."""
-    twins = [id for pair in NEAR_DUPLICATES for id in pair]
-    place = {id: k for k, id in enumerate(ids[order]) if id in twins}
+def _join_near_duplicates(dataset, order, side, in_test):
+    """Exchange positions within `order`, in place, until both of each pair have the same `side`. in_test: bool (N,),
+    the places of the test images, which keep to those with a mask."""
+    place = {id: k for k, id in enumerate(dataset.ids[order]) if any(id in pair for pair in NEAR_DUPLICATES)}
     for pair in NEAR_DUPLICATES:
         if not place.keys() >= set(pair) or side[place[pair[0]]] == side[place[pair[1]]]:
             continue
-        stays, moves = sorted((place[id] for id in pair), key=lambda k: -np.sum(side == side[k]))
-        free = np.flatnonzero((side == side[stays]) & ~np.isin(ids[order], twins))
-        if not len(free):
-            raise UserError(f"near-duplicates {pair[0]} and {pair[1]} do not fit on one side: enlarge the split")
-        order[[moves, free[0]]] = order[[free[0], moves]]
+        larger, smaller = sorted((place[id] for id in pair), key=lambda k: -np.sum(side == side[k]))
+        for target in dict.fromkeys([side[larger], side[smaller], *np.unique(side[~in_test])]):
+            moved = order.copy()
+            if all(_move(dataset, moved, side, in_test, k, target) for k in (larger, smaller) if side[k] != target):
+                order[:] = moved
+                break
+        else:
+            raise UserError(
+                f"near-duplicates {pair[0]} and {pair[1]} do not fit on one side: enlarge the split, or lower --test"
+            )
+
+
+def _move(dataset, order, side, in_test, place, target):
+    """Exchange what is at this place of `order` with something on the side `target`; returns whether that can be.
+
+    What is exchanged is no other near-duplicate, and not without a mask if it comes to test; if possible, it has a mask
+    if the first has one."""
+    has_mask = dataset.has_mask[order]
+    free = (side == target) & ~np.isin(dataset.ids[order], [id for pair in NEAR_DUPLICATES for id in pair])
+    free &= (has_mask | ~in_test[place]) & (has_mask[place] | ~in_test)
+    free = np.flatnonzero(free)
+    if not len(free):
+        return False
+    partner = free[np.argmax(has_mask[free] == has_mask[place])]  # the first, if there is none
+    order[[place, partner]] = order[[partner, place]]
+    return True
 
 
 def normalisation(dataset, positions):
@@ -464,8 +597,20 @@ def make_isic(args):
     size = args.height, args.width, args.channels
     pairs = find_pairs(args.source)
     rows = map_in_order(lambda pair: read_pair(pair, *size), pairs)
-    write_dataset(args.out, rows, len(pairs), *size, "ISIC 2017", args.force)
+    write_dataset(args.out, rows, len(pairs), *size, "ISIC 2017", args.force, args.source)
     print(f"{args.out}: {len(pairs)} images; next: python train.py --data {args.out}")
+
+
+def make_folder(args):
+    """`data.py folder`: the images in any folder, and the masks that there are, to one file."""
+    check_output(args.out, args.force)
+    size = args.height, args.width, args.channels
+    pairs = find_folder(args.images, args.masks)
+    rows = map_in_order(lambda pair: read_pair(pair, *size), pairs)
+    write_dataset(args.out, rows, len(pairs), *size, f"folder {args.images}", args.force, args.images)
+    masks = sum(bool(pair.mask) for pair in pairs)
+    ask = "" if masks == len(pairs) else " --oracle folder"
+    print(f"{args.out}: {len(pairs)} images, {masks} with a mask; next: python train.py --data {args.out}{ask}")
 
 
 def make_synthetic(args):
@@ -483,14 +628,16 @@ def make_synthetic(args):
 def print_info(args):
     """`data.py info`: what is in a file."""
     with Dataset(args.file) as dataset:
-        area = [dataset.masks([n]).mean() for n in track(range(len(dataset)), "reading masks")]
+        area = [dataset.masks([n]).mean() for n in track(np.flatnonzero(dataset.has_mask), "reading masks")]
         sizes = dataset.original_sizes
         print(f"source          {dataset.source}")
         print(f"images          {len(dataset)} of {dataset.height}x{dataset.width}, {dataset.channels} channel(s)")
         for part in PARTS:
             print(f"  {part:<13} {np.sum(dataset.part == part)}")
+        print(f"with a mask     {len(area)}")
         print(f"original sizes  {'x'.join(map(str, sizes.min(0)))} to {'x'.join(map(str, sizes.max(0)))}")
-        print(f"lesion area     median {np.median(area):.1%}, from {min(area):.1%} to {max(area):.1%} of the image")
+        if area:
+            print(f"lesion area     median {np.median(area):.1%}, from {min(area):.1%} to {max(area):.1%} of the image")
         print(f"ids             {dataset.ids[0]} to {dataset.ids[-1]}")
 
 
@@ -506,7 +653,8 @@ def draw_sheet(args):
         axes = figure.subplots(rows, 6, squeeze=False)
         for ax, position in zip(axes.flat, positions):
             ax.imshow(dataset.images([position])[0], cmap="gray")
-            ax.contour(dataset.masks([position])[0], [0.5], colors="cyan", linewidths=1)
+            if dataset.has_mask[position]:
+                ax.contour(dataset.masks([position])[0], [0.5], colors="cyan", linewidths=1)
             ax.set_title(dataset.ids[position], fontsize=8)
         for ax in axes.flat:
             ax.axis("off")
@@ -528,17 +676,19 @@ def main():
         return sub
 
     isic = command("isic", make_isic, "read the ISIC 2017 challenge's folders", "source", "out")
+    folder = command("folder", make_folder, "read any folder of images", "images", "out")
+    folder.add_argument("--masks", metavar="DIR", help="ID.png or ID_segmentation.png of some images, all, or none")
     synthetic = command("synthetic", make_synthetic, "draw dermoscopy-like lesions", "out")
     synthetic.add_argument("--images", type=int, default=280, help="how many (default %(default)s)")
     synthetic.add_argument("--seed", type=int, default=1, help="which (default %(default)s)")
-    for sub in (isic, synthetic):
+    for sub in (isic, folder, synthetic):
         sub.add_argument("--height", type=int, default=192, help="rows, a multiple of 16 (default %(default)s)")
         sub.add_argument("--width", type=int, default=240, help="columns, a multiple of 16 (default %(default)s)")
         sub.add_argument("--channels", type=int, default=1, choices=(1, 3), help="1 grey, 3 RGB (default 1)")
     command("info", print_info, "print what is in a data file", "file")
     show = command("show", draw_sheet, "draw a contact sheet of a data file", "file", "out")
     show.add_argument("--images", type=int, default=24, help="how many (default %(default)s)")
-    for sub in (isic, synthetic, show):
+    for sub in (isic, folder, synthetic, show):
         sub.add_argument("--force", action="store_true", help="replace the output if it exists")
     args = parser.parse_args()
     args.function(args)

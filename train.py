@@ -19,25 +19,30 @@ import sys
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 import ceal
 from data import SPLIT_SEED, Dataset, draw_row, normalisation, normalise, split, write_dataset
 from unet import (
+    LOSSES,
+    MEASURES,
     PRECISIONS,
+    SCHEDULES,
+    Checkpoint,
+    augmentation,
     build_unet,
     count_parameters,
-    dice_loss,
     keras,
+    learning_rate,
     load_unet,
-    load_weights,
     mc_dropout,
     print_devices,
+    restart,
     save_unet,
-    save_weights,
     share_out,
     tf,
+    training_batches,
+    training_step,
 )
 from utils import (
     GROUPS,
@@ -84,21 +89,31 @@ class Config:
 
     split_seed: int = setting(SPLIT_SEED, "the split's own seed; keep it, so that results compare", 0)
     initial: int = setting(600, "images labelled from the start", 1)
-    pool: int = setting(1000, "unlabelled images that the oracle can be asked about", 1)
-    test: int = setting(400, "test images: never scored, asked about or trained on", 1)
+    pool: int = setting(1000, "unlabelled images that the oracle can be asked about", 0)
+    test: int = setting(400, "test images: never scored, asked about or trained on; 0: nothing is measured", 0)
+    oracle: str = setting(
+        "simulated", "who is asked: the masks in the data file, or a person", choices=("simulated", "folder")
+    )
 
     filters: int = setting(32, "filters of the network's first level, doubled at each of four more", 1)
     dropout: float = setting(0.5, "share of the bottleneck dropped, in training and in Monte Carlo passes", 0)
-    learning_rate: float = setting(1e-5, "Adam's learning rate", 0)
+    learning_rate: float = setting(1e-5, "Adam's learning rate, the highest of each training", 0)
+    loss: str = setting("dice", "minus the Dice coefficient, or that plus the cross-entropy", choices=tuple(LOSSES))
+    schedule: str = setting("constant", "the learning rate within each training: unet.learning_rate", choices=SCHEDULES)
     batch_size: int = setting(32, "images in a training step", 1)
     initial_epochs: int = setting(10, "epochs of the initial training, with augmentation", 1)
-    active_epochs: int = setting(2, "epochs of each iteration's training, without augmentation", 1)
+    active_epochs: int = setting(2, "epochs of each iteration's training", 1)
+    initial_steps: int = setting(0, "steps of the initial training; 0: as many as --initial-epochs makes", 0)
+    active_steps: int = setting(0, "steps of each iteration's training; 0: as many as --active-epochs makes", 0)
+    augment: str = setting("initial", "augment the initial training alone, or all", choices=("initial", "all"))
     rotation: float = setting(40.0, "augmentation: rotation by up to so many degrees, either way", 0)
     width_shift: float = setting(0.2, "augmentation: shift by up to this share of the width, either way", 0)
 
     iterations: int = setting(9, "rounds of score, query, pseudo-label, train", 0)
     passes: int = setting(20, "T, Monte Carlo dropout predictions of an image", 1)
+    uncertainty: str = setting("variance", "what the map of a pixel's passes holds: unet.mc_dropout", choices=MEASURES)
     distance: str = setting("inside", "the score's weight: ceal.distance_weight", choices=("inside", "both", "none"))
+    query: str = setting("paper", "the three groups, or as many at random of the pool", choices=("paper", "uniform"))
     no_detection: int = setting(10, "oracle queries with the lowest scores, per iteration", 0)
     most_uncertain: int = setting(10, "oracle queries with the highest scores, per iteration", 0)
     random: int = setting(15, "oracle queries at random, per iteration", 0)
@@ -112,8 +127,13 @@ PRESETS = {
     "quick": {
         "data": "datasets/isic2017_96x128.h5",
         "filters": 16,
-        "learning_rate": 3e-4,
+        "loss": "dice_bce",
+        "learning_rate": 1e-3,
+        "schedule": "cosine",
         "batch_size": 8,
+        "initial_steps": 600,
+        "active_steps": 150,
+        "augment": "all",
         "passes": 10,
     },
     "demo": {
@@ -136,12 +156,16 @@ PRESETS = {
     },
 }
 DEMO_SIZE = {"height": 64, "width": 80, "channels": 1}
+# Of one start of a run, and no settings of it.
+SWITCHES = {"wait": "watch the folder until all is answered", "partial": "go on with what is answered"}
 
 
 def read_config(arguments=None):
     """The command line as a checked Config: of a run that is there already, its settings; else the preset's, then
     those given. With --force the folder of an earlier run is moved aside."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     for field in dataclasses.fields(Config):
         special = [f"{name} {values[field.name]}" for name, values in PRESETS.items() if field.name in values]
         defaults = "; ".join([f"default {field.default}", *special])
@@ -154,7 +178,9 @@ def read_config(arguments=None):
             help=f"{field.metadata['help']} ({defaults})",
         )
     parser.add_argument("--force", action="store_true", help="start anew; an earlier run of this name is moved aside")
-    given = vars(parser.parse_args(arguments))
+    for name, help in SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", help=f"--oracle folder: {help}")
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if name not in SWITCHES}
     force, run = given.pop("force"), Path(given.get("run", "auto"))
     if force and run.exists():
         aside = run.with_name(f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -168,6 +194,16 @@ def read_config(arguments=None):
     if config.run == "auto":
         config.run = time.strftime(f"runs/{config.preset}-%Y%m%d-%H%M%S")
     return config
+
+
+def read_switches(config):
+    """Which of SWITCHES are given, a dict of bool. Raises UserError if they make no sense."""
+    switches = {name: f"--{name}" in sys.argv for name in SWITCHES}
+    if config.oracle == "simulated" and any(switches.values()):
+        raise UserError("--wait and --partial are for a person's answers: give --oracle folder, or leave them out")
+    if all(switches.values()):
+        raise UserError("--wait is for all answers and --partial for some: give one of them")
+    return switches
 
 
 def stored_config(run, given):
@@ -224,55 +260,6 @@ def check(config):
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def augmentation(config, seed):
-    """Keras layers that rotate, shift and mirror a batch (N, H, W, C) float32, each image in its own way."""
-    layers = keras.layers
-    return keras.Sequential(
-        [
-            layers.RandomRotation(config.rotation / 360, fill_mode="nearest", seed=derived_seed(seed, "rotation")),
-            layers.RandomTranslation(0.0, config.width_shift, fill_mode="nearest", seed=derived_seed(seed, "shift")),
-            layers.RandomFlip("horizontal", seed=derived_seed(seed, "flip")),
-        ]
-    )
-
-
-def training_batches(read, first, last, augment=None):
-    """A tf.data.Dataset of the batches `first` to `last` - 1, each made while the step before is computed.
-
-    read: the number of a batch -> images, float32 (b, H, W, C), normalised, and targets, float32 (b, H, W, 1) in
-    [0, 1]. With `augment` (a keras.Sequential) image and mask are moved together, the mask being one more channel of
-    the image while they move. How depends on the batch's number alone, not on where the training began.
-    """
-    shapes = [(None, *array.shape[1:]) for array in read(first)]
-
-    def batch(number):
-        pictures, masks = map(tf.ensure_shape, tf.numpy_function(read, [number], (tf.float32, tf.float32)), shapes)
-        if augment:
-            for layer in augment.layers:
-                restart(layer.generator, layer.seed, 100 * number)  # a layer may draw several times
-            moved = augment(tf.concat([pictures, masks], -1), training=True)
-            pictures, masks = moved[..., :-1], tf.round(moved[..., -1:])
-        return pictures, masks
-
-    # The layers' random state makes the map sequential; its operations use all cores.
-    return tf.data.Dataset.range(first, last).map(batch).prefetch(2)
-
-
-def restart(generator, seed, number):
-    """Let a keras.random.SeedGenerator go on from these two."""
-    generator.state.assign(tf.cast(tf.stack([tf.cast(seed, tf.int64), number]), generator.state.dtype))
-
-
-def training_step(model):
-    """A compiled function (images, targets) that trains the model on this batch, of which each device has a share."""
-
-    @tf.function(reduce_retracing=True, jit_compile=model.jit_compile)
-    def step(images, targets):
-        model.distribute_strategy.run(model.train_step, ((images, targets),))
-
-    return step
-
-
 class Trainer:
     """The network of a run with what it needs to see: its data and their normalisation."""
 
@@ -293,7 +280,8 @@ class Trainer:
             self.model = build_unet(*size, config.filters, config.dropout, config.precision)
             # XLA and several replicas do not go together.
             jit_compile = False if several else "auto"
-            self.model.compile(keras.optimizers.Adam(config.learning_rate), dice_loss, jit_compile=jit_compile)
+            adam, loss = keras.optimizers.Adam(config.learning_rate), LOSSES[config.loss]
+            self.model.compile(adam, loss, jit_compile=jit_compile)
             self.model.optimizer.build(self.model.trainable_variables)
         self.step = training_step(self.model)
         run = Path(config.run)
@@ -307,14 +295,16 @@ class Trainer:
 
     def steps(self, positions, iteration):
         """The number of training steps in an epoch and in the whole training of this iteration."""
-        epoch = -(-len(positions) // self.config.batch_size)
-        return epoch, epoch * (self.config.active_epochs if iteration else self.config.initial_epochs)
+        config, epoch = self.config, -(-len(positions) // self.config.batch_size)
+        if iteration:
+            return epoch, config.active_steps or epoch * config.active_epochs
+        return epoch, config.initial_steps or epoch * config.initial_epochs
 
     def batches(self, positions, labels, iteration, first=0):
         """The `training_batches` from number `first` on of these images with their labels, a list of (H, W) in
-        [0, 1]; augmented if iteration is 0. Each epoch has an order of its own, and its batches differ in size by one
-        at most: no step on a few images, and a share for every device. Images are read from the data file batch by
-        batch, so that memory does not limit their number."""
+        [0, 1]; augmented if iteration is 0, or always with --augment all. Each epoch has an order of its own, and its
+        batches differ in size by one at most: no step on a few images, and a share for every device. Images are read
+        from the data file batch by batch, so that memory does not limit their number."""
         seed, count = derived_seed(self.config.seed, iteration, "training"), len(positions)
         epoch_steps, last = self.steps(positions, iteration)
 
@@ -325,7 +315,9 @@ class Trainer:
             targets = np.stack([labels[n] for n in numbers], dtype=np.float32)[..., None]
             return self.images(positions[numbers]), targets
 
-        return training_batches(read, first, last, None if iteration else augmentation(self.config, seed))
+        augmented = iteration == 0 or self.config.augment == "all"
+        augment = augmentation(self.config.rotation, self.config.width_shift, seed) if augmented else None
+        return training_batches(read, first, last, augment)
 
     def load(self, path):
         """Go on from the weights, and the optimizer's state, that an iteration left."""
@@ -342,6 +334,8 @@ class Trainer:
         steps = track(batches, f"iteration {iteration}: training steps", last - first)
         for number, batch in enumerate(steps, first):
             restart(dropout, dropout_seed, number)
+            rate = learning_rate(self.config.schedule, number / last)
+            self.model.optimizer.learning_rate = self.config.learning_rate * rate
             self.step(*share_out(self.model.distribute_strategy, *batch))
             self.checkpoint.save_now_and_then(iteration, number + 1)
         self.require_finite(*self.model.get_weights())
@@ -355,15 +349,17 @@ class Trainer:
             )
 
     def uncertainty(self, positions, iteration, images=None):
-        """Mean and variance of the iteration's Monte Carlo passes: float32 (n, H, W) each. images: the data set's at
-        these positions, where they have been read already."""
+        """Mean and uncertainty map of the iteration's Monte Carlo passes: float32 (n, H, W) each. images: the data
+        set's at these positions, where they have been read already."""
         images = self.dataset.images(positions) if images is None else images
-        seed = derived_seed(self.config.seed, iteration, "passes")
-        return mc_dropout(self.model, images, self.config.passes, seed, keys=positions, mean=self.mean, std=self.std)
+        passes, seed = self.config.passes, derived_seed(self.config.seed, iteration, "passes")
+        normalisation, measure = {"mean": self.mean, "std": self.std}, self.config.uncertainty
+        return mc_dropout(self.model, images, passes, seed, keys=positions, measure=measure, **normalisation)
 
     def score(self, pool, iteration, record=None):
         """Score and Dice of each unlabelled image of the ceal.Pool: float64 (n,) both, in the order of
-        `pool.unlabelled`. The prediction that both rest on is the mean of the passes.
+        `pool.unlabelled`; a Dice is NaN where there is no mask. The prediction that both rest on is the mean of the
+        passes.
 
         A chunk's images are read before, and its maps rated after, while other chunks are in the network. record: a
         file that takes what has been scored, so that a scoring that was interrupted goes on."""
@@ -372,9 +368,10 @@ class Trainer:
             return positions, self.dataset.images(positions)
 
         def rate(maps):
-            positions, mean, variance = maps
-            scores = [ceal.uncertainty_score(v, m, self.config.distance) for v, m in zip(variance, mean)]
-            return scores, segmentation_metrics(self.dataset.masks(positions), mean > 0.5)["dice"].tolist()
+            positions, mean, uncertainty = maps
+            scores = [ceal.uncertainty_score(u, m, self.config.distance) for u, m in zip(uncertainty, mean)]
+            dice = segmentation_metrics(self.dataset.masks(positions), mean > 0.5)["dice"]
+            return scores, np.where(self.dataset.has_mask[positions], dice, np.nan).tolist()
 
         done = read_record(record, iteration)
         chunks = in_chunks(pool.unlabelled, self.chunk)[len(done) :]
@@ -388,12 +385,20 @@ class Trainer:
         scores, dice = (np.concatenate(values) for values in zip(*done))
         return scores, dice
 
+    def proposals(self, positions, iteration):
+        """Yield the (mean, uncertainty map), float32 (H, W), of `uncertainty` for each of these positions."""
+        for some in in_chunks(positions, self.chunk):
+            yield from zip(*self.uncertainty(some, iteration))
+
     def predict(self, positions):
         """The network's probabilities with dropout off, float32 (n, H, W)."""
         return self.model.predict(self.images(positions), verbose=0)[..., 0]
 
     def evaluate(self, positions):
-        """Mean over these images of each metric at a threshold of 0.5, a dict; warns of a collapsed network."""
+        """Each metric at a threshold of 0.5 of each of these images, a dict of float64 (n,), empty without images;
+        warns of a collapsed network."""
+        if not len(positions):
+            return {}
         metrics, lesion = [], []
         for some in in_chunks(positions, 64):
             prediction = self.predict(some)
@@ -403,7 +408,7 @@ class Trainer:
             lesion.append(prediction.mean())
         if max(lesion) == 0 or min(lesion) == 1:
             print(f"warning: the network calls every pixel {'skin' if max(lesion) == 0 else 'lesion'}: it collapsed")
-        return {name: float(np.concatenate([m[name] for m in metrics]).mean()) for name in metrics[0]}
+        return {name: np.concatenate([m[name] for m in metrics]) for name in metrics[0]}
 
 
 def read_record(record, iteration):
@@ -426,38 +431,6 @@ def read_record(record, iteration):
     return chunks
 
 
-class Checkpoint:
-    """A training under way, in a file of the run's folder: the network, the optimizer and the steps done."""
-
-    EVERY = 60  # seconds: what a crash costs at most
-
-    def __init__(self, model, run):
-        self.model, self.path, self.saved = model, run / ".training.weights.h5", time.monotonic()
-
-    def save_now_and_then(self, iteration, steps):
-        """Save if the last time is long ago."""
-        if time.monotonic() - self.saved > self.EVERY:
-            save_weights(self.model, self.path, iteration=iteration, steps=steps)
-            self.saved = time.monotonic()
-
-    def load(self, iteration):
-        """Put the model where this iteration's training was; returns the steps done, 0 if there is no such file.
-        Raises UserError if the file is damaged."""
-        self.saved = time.monotonic()
-        if not self.path.exists():
-            return 0
-        try:
-            with h5py.File(self.path) as file:
-                found, steps = int(file.attrs["iteration"]), int(file.attrs["steps"])
-            if found != iteration:
-                return 0
-            load_weights(self.model, self.path)
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError, UserWarning) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.path}: damaged ({reason}); remove it to do this iteration's training again")
-        return steps
-
-
 def in_chunks(positions, size):
     """Cut positions into pieces of at most `size`, so that memory does not grow with their number."""
     return [positions[start : start + size] for start in range(0, len(positions), size)]
@@ -470,69 +443,151 @@ METRICS = ["dice", "jaccard", "sensitivity", "specificity", "accuracy", "thresho
 HISTORY = ["iteration", "annotations", "pseudo_labels", *METRICS, "seconds_scoring", "seconds_training"]
 
 
-def run_loop(config, dataset, parts, run):
+INITIAL = "initial"  # the group of the images that are asked for before the first training
+
+
+def run_loop(config, dataset, parts, run, oracle):
     """The initial training, then score -> query -> pseudo-label -> train -> evaluate, each iteration in its folder.
 
-    Iterations whose folders are there already are taken from them. Returns the rows of history.csv, a list of dict."""
+    Iterations whose folders are there already are taken from them. Returns the rows of history.csv, a list of dict.
+    Raises ceal.Unanswered if the run has to wait for the oracle."""
     mean, std = normalisation(dataset, np.concatenate([parts.initial, parts.pool]))
     trainer = Trainer(config, dataset, mean, std)
-    oracle = ceal.SimulatedOracle(dataset.masks)
-    pool = ceal.Pool(parts.initial, oracle.annotate(parts.initial), parts.pool, parts.test)
+    has_mask = dataset.has_mask[parts.initial]
+    labelled, to_ask = parts.initial[has_mask], parts.initial[~has_mask]
+    pool = ceal.Pool(labelled, dataset.masks(labelled), np.concatenate([parts.pool, to_ask]), parts.test)
+    oracle.collect()
     history = finished_iterations(run, dataset, pool, oracle)
     if history:
         last = run / f"iteration_{len(history) - 1:02d}" / "model.weights.h5"
         trainer.load(last)
         print(f"{len(history)} iterations are done already, up to {last.parent}", flush=True)
         write_history(history, run)
+    forget_choices(config, run, len(history))
     for iteration in range(len(history), config.iterations + 1):
-        if not len(pool.unlabelled):
+        if iteration and not len(pool.unlabelled):
             print(f"the pool is empty: the run ends before iteration {iteration}")
             break
+        choice = run / f".queries_{iteration:02d}"
+        if not choice.exists():
+            decide(trainer, pool, oracle, to_ask, iteration, choice)
+        pseudo = ask(trainer, pool, oracle, iteration, choice)
         with whole_folder(run / f"iteration_{iteration:02d}") as folder:
-            history.append(run_iteration(trainer, pool, oracle, iteration, folder))
+            history.append(run_iteration(trainer, pool, pseudo, iteration, choice, folder))
         for leftover in trainer.leftovers:
             leftover.unlink(missing_ok=True)
+        forget_choices(config, run, len(history))
         write_history(history, run)
         print_iteration(history[-1])
     return history
 
 
-def run_iteration(trainer, pool, oracle, iteration, folder):
-    """One iteration, written to `folder`; returns its row of history.csv, a dict."""
-    pseudo, pseudo_labels, seconds_scoring = [], [], 0.0
-    if iteration:
-        pseudo, pseudo_labels, seconds_scoring = query(trainer, pool, oracle, iteration, folder)
+def decide(trainer, pool, oracle, to_ask, iteration, choice):
+    """Choose whom to ask about: the images `to_ask` before the first training, later as `query` does. What is chosen is
+    in the folder `choice` then, whole, so that it is never drawn twice."""
+    with whole_folder(choice) as folder:
+        if iteration:
+            query(trainer, pool, oracle, iteration, folder)
+        elif len(to_ask):
+            write_queries(trainer.dataset.ids, {INITIAL: to_ask}, folder)
+
+
+def ask(trainer, pool, oracle, iteration, choice):
+    """Put what the oracle answers into the ceal.Pool; returns the positions to pseudo-label."""
+    try:
+        groups = read_queries(choice, iteration, trainer.dataset)
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{choice}: not as train.py wrote it ({error}); remove it to choose anew")
+    asked = {group: positions for group, positions in groups.items() if group != "pseudo"}
+    oracle.ask(iteration, asked, (lambda positions: trainer.proposals(positions, iteration)) if iteration else None)
+    pseudo = annotate(pool, oracle, iteration, groups)
+    if not pool.annotations:
+        raise UserError(
+            f"{choice.parent}: every image of --initial was rejected, and nothing can be trained; begin another run, "
+            "with more of them or another --split-seed"
+        )
+    return pseudo
+
+
+def annotate(pool, oracle, iteration, groups):
+    """Put the oracle's answers of an iteration into the ceal.Pool. groups: those of `read_queries`. Returns the
+    positions to pseudo-label, without any that have got a late answer."""
+    asked = [position for group, positions in groups.items() if group != "pseudo" for position in positions]
+    answers = oracle.answers(iteration, np.array(asked, int))
+    pool.annotate(answers.positions, answers.masks)
+    pool.reject(answers.rejected)
+    pseudo = np.array(groups.get("pseudo", []), int)
+    return pseudo[np.isin(pseudo, pool.unlabelled)]
+
+
+def write_queries(ids, groups, folder):
+    """queries.csv. groups: a dict of group to positions in `ids`."""
+    rows = [(ids[position], group) for group, positions in groups.items() for position in positions]
+    write_csv(folder / "queries.csv", ["id", "group"], rows)
+
+
+def read_queries(folder, iteration, dataset):
+    """What `write_queries` wrote: a dict of group to positions in the data set. Before the first training there may be
+    no such file. Raises KeyError, ValueError or OSError if it is damaged."""
+    positions, groups = {id: position for position, id in enumerate(dataset.ids)}, {}
+    if iteration == 0 and not (folder / "queries.csv").exists():
+        return groups
+    for row in read_csv(folder / "queries.csv"):
+        if row["group"] not in (INITIAL, *GROUPS):
+            raise ValueError(f"{row['group']} is no group of queries.csv")
+        groups.setdefault(row["group"], []).append(positions[row["id"]])
+    return groups
+
+
+def forget_choices(config, run, finished):
+    """Remove the choices of so many finished iterations, whose folders hold them too. Those that a person was asked
+    about stay: an answer may come late, or the iterations be done anew."""
+    for iteration in range(finished if config.oracle == "simulated" else 0):
+        shutil.rmtree(run / f".queries_{iteration:02d}", ignore_errors=True)
+
+
+def run_iteration(trainer, pool, pseudo, iteration, choice, folder):
+    """Pseudo-label these positions, train, and evaluate, written to `folder` with what was chosen; returns the row of
+    history.csv, a dict."""
+    for path in choice.glob("[!.]*"):
+        shutil.copy(path, folder)
+    seconds_scoring = (choice / ".seconds").read_text() if iteration else "0.0"
+    # Without images, predict fails.
+    pseudo_labels = list(trainer.predict(pseudo)) if len(pseudo) else []
     started = time.monotonic()
     trainer.fit(*pool.training_set(pseudo, pseudo_labels), iteration)
     seconds_training = time.monotonic() - started
     save_unet(trainer.model, folder / "model.weights.h5", trainer.mean, trainer.std)
     metrics = trainer.evaluate(pool.test)
+    if metrics:
+        columns = zip(*(metrics[m].round(6) for m in METRICS))
+        rows = ((id, *values) for id, values in zip(trainer.dataset.ids[pool.test], columns))
+        write_csv(folder / "test.csv", ["id", *METRICS], rows)
+    means = [f"{metrics[m].mean():.6f}" if metrics else "" for m in METRICS]
     counts = iteration, pool.annotations, len(pseudo)
-    seconds = f"{seconds_scoring:.1f}", f"{seconds_training:.1f}"
-    row = dict(zip(HISTORY, [*counts, *(f"{metrics[m]:.6f}" for m in METRICS), *seconds]))
+    row = dict(zip(HISTORY, [*counts, *means, seconds_scoring, f"{seconds_training:.1f}"]))
     write_csv(folder / "history.csv", HISTORY, [row.values()])
     return row
 
 
 def write_history(history, run):
-    """history.csv and its figure."""
+    """history.csv and, if there are test images, its figure."""
     write_csv(run / "history.csv", HISTORY, [row.values() for row in history])
-    figure_history(history, run / "dice.png")
+    if history[-1]["dice"]:
+        figure_history(history, run / "dice.png")
 
 
 def finished_iterations(run, dataset, pool, oracle):
     """The rows of history.csv of the iterations whose folders are there; their annotations go to the ceal.Pool.
 
     Raises UserError if a folder does not hold what it should."""
-    positions, history = {id: position for position, id in enumerate(dataset.ids)}, []
+    history = []
     while (folder := run / f"iteration_{len(history):02d}").is_dir():
         try:
             (row,) = read_csv(folder / "history.csv")
-            queries = read_csv(folder / "queries.csv") if history else []
-            queried = np.array([positions[q["id"]] for q in queries if q["group"] != "pseudo"], int)
-            pool.annotate(queried, oracle.annotate(queried))
-            expected = len(history), pool.annotations, sum(q["group"] == "pseudo" for q in queries)
-            if tuple(int(row[name]) for name in HISTORY[:3]) != expected or {q["group"] for q in queries} - set(GROUPS):
+            pseudo = annotate(pool, oracle, len(history), read_queries(folder, len(history), dataset))
+            expected = len(history), pool.annotations, len(pseudo)
+            if tuple(int(row[name]) for name in HISTORY[:3]) != expected:
                 raise ValueError("queries are missing")
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise UserError(
@@ -543,33 +598,39 @@ def finished_iterations(run, dataset, pool, oracle):
 
 
 def query(trainer, pool, oracle, iteration, folder):
-    """Score the pool, ask the oracle, and let the network label what it is sure of.
+    """Score the pool; choose whom to ask the oracle about, but for what it has answered already, and what to let the
+    network label.
 
-    Writes scores.csv, queries.csv and the figures. Returns the positions with pseudo-labels, these labels, a list
-    of float32 (H, W), and the seconds that scoring took.
+    Writes queries.csv, the seconds that scoring took and, where the choice rests on scores, scores.csv and the figures.
     """
-    config, dataset, started = trainer.config, trainer.dataset, time.monotonic()
-    candidates = pool.unlabelled
-    scores, dice = trainer.score(pool, iteration, trainer.record)
-    seconds = time.monotonic() - started
-
-    rng = np.random.default_rng(derived_seed(config.seed, iteration, "queries"))
-    groups = ceal.select_queries(scores, rng, config.no_detection, config.most_uncertain, config.random)
-    queried = candidates[np.concatenate(list(groups.values()))]
+    config, candidates, started = trainer.config, pool.unlabelled, time.monotonic()
     count = ceal.pseudo_label_count(iteration, config.pseudo_start, config.pseudo_first, config.pseudo_step)
-    groups["pseudo"] = ceal.select_pseudo_labels(scores, rng, count, exclude=np.concatenate(list(groups.values())))
-    pseudo = candidates[groups["pseudo"]]
-    pseudo_labels = list(trainer.predict(pseudo)) if len(pseudo) else []
+    scored = config.query == "paper" or count > 0
+    scores, dice = trainer.score(pool, iteration, trainer.record) if scored else (np.zeros(len(candidates)), None)
+    (folder / ".seconds").write_text(f"{time.monotonic() - started if scored else 0:.1f}")
 
-    ids = dataset.ids[candidates]
-    write_csv(folder / "scores.csv", ["id", "uncertainty", "dice"], zip(ids, scores, dice))
-    rows = [(ids[at], group) for group, chosen in groups.items() for at in chosen]
-    write_csv(folder / "queries.csv", ["id", "group"], rows)
-    figure_scores(scores, dice, groups, folder / "scores.png")
-    draw_examples(trainer, candidates, scores, dice, groups, iteration, folder / "examples.png")
+    early = oracle.answers(iteration, np.array([], int))
+    free = np.flatnonzero(~np.isin(candidates, [*early.positions, *early.rejected]))
+    groups = {group: free[chosen] for group, chosen in choose(config, scores[free], iteration, count).items()}
+    ids = trainer.dataset.ids[candidates]
+    write_queries(ids, groups, folder)
+    if scored:
+        rows = zip(ids, scores, ("" if np.isnan(value) else value for value in dice))
+        write_csv(folder / "scores.csv", ["id", "uncertainty", "dice"], rows)
+        figure_scores(scores, dice, groups, folder / "scores.png")
+        draw_examples(trainer, candidates, scores, dice, groups, iteration, folder / "examples.png")
 
-    pool.annotate(queried, oracle.annotate(queried))
-    return pseudo, pseudo_labels, seconds
+
+def choose(config, scores, iteration, pseudo_labels):
+    """Whom to ask about, and then whom to pseudo-label: a dict of group to positions in `scores`, `pseudo` last."""
+    rng = np.random.default_rng(derived_seed(config.seed, iteration, "queries"))
+    asked = config.no_detection, config.most_uncertain, config.random
+    if config.query == "uniform":
+        groups = {"random": ceal.select_uniform(len(scores), rng, sum(asked))}
+    else:
+        groups = ceal.select_queries(scores, rng, *asked)
+    queried = np.concatenate(list(groups.values()))
+    return {**groups, "pseudo": ceal.select_pseudo_labels(scores, rng, pseudo_labels, exclude=queried)}
 
 
 def draw_examples(trainer, candidates, scores, dice, groups, iteration, path, each=2):
@@ -578,8 +639,11 @@ def draw_examples(trainer, candidates, scores, dice, groups, iteration, path, ea
     for group, chosen in groups.items():
         at = chosen[:each]
         mean, variance = trainer.uncertainty(candidates[at], iteration)
-        images, truths = (read(candidates[at]) for read in (trainer.dataset.images, trainer.dataset.masks))
-        titles = [f"{trainer.dataset.ids[candidates[n]]}\nscore {scores[n]:.3g}, Dice {dice[n]:.2f}" for n in at]
+        images, masks = (read(candidates[at]) for read in (trainer.dataset.images, trainer.dataset.masks))
+        rated = ["no truth" if np.isnan(dice[n]) else f"Dice {dice[n]:.2f}" for n in at]
+        ids = trainer.dataset.ids[candidates[at]]
+        titles = [f"{id}\nscore {scores[n]:.3g}, {words}" for id, n, words in zip(ids, at, rated)]
+        truths = [None if np.isnan(dice[n]) else mask for n, mask in zip(at, masks)]
         examples.append((group, list(zip(titles, images, truths, mean, variance))))
     figure_examples(examples, path)
 
@@ -611,22 +675,26 @@ def print_plan(config, dataset, parts):
     size = f"{dataset.height}x{dataset.width}, {dataset.channels} channel(s)"
     print(f"data      {dataset.path}: {dataset.source}, {size}")
     print(f"split     {len(parts.initial)} labelled, {len(parts.pool)} in the pool, {len(parts.test)} for test")
-    steps = -(-len(parts.initial) // config.batch_size)
-    print(f"training  {config.initial_epochs} epochs of {steps} steps at a learning rate of {config.learning_rate:g}")
+    steps = config.initial_steps or config.initial_epochs * -(-len(parts.initial) // config.batch_size)
+    rate = f"a learning rate of {config.learning_rate:g}, {config.schedule}"
+    print(f"training  {steps} steps of up to {config.batch_size} images at {rate}")
     asked = config.no_detection + config.most_uncertain + config.random
     print(
         f"CEAL      {config.iterations} iterations: score the pool in {config.passes} passes, ask for {asked} masks, "
-        f"train {config.active_epochs} epochs; pseudo-labels from iteration {config.pseudo_start}"
+        f"train {f'{config.active_steps} steps' if config.active_steps else f'{config.active_epochs} epochs'}; "
+        f"pseudo-labels from iteration {config.pseudo_start}"
     )
     print(f"run       {config.run}", flush=True)
+    if not len(parts.test):
+        print("there are no test images: the result is not measured, the metrics in history.csv stay empty", flush=True)
 
 
 def print_iteration(row):
     """One line a person can follow."""
+    rated = f"Dice {float(row['dice']):.3f}, Jaccard {float(row['jaccard']):.3f}" if row["dice"] else "not measured"
     print(
         f"iteration {row['iteration']}: {row['annotations']} annotations, {row['pseudo_labels']:>3} pseudo-labels, "
-        f"Dice {float(row['dice']):.3f}, Jaccard {float(row['jaccard']):.3f}  "
-        f"({float(row['seconds_scoring']):.0f} s scoring, {float(row['seconds_training']):.0f} s training)",
+        f"{rated}  ({float(row['seconds_scoring']):.0f} s scoring, {float(row['seconds_training']):.0f} s training)",
         flush=True,
     )
 
@@ -649,6 +717,20 @@ def environment():
         "platform": platform.platform(),
         "devices": [device.name for device in tf.config.list_physical_devices()],
     }
+
+
+def find_oracle(config, dataset, parts, run, switches):
+    """The oracle of a run, of ceal's. Raises UserError if a ceal.SimulatedOracle would not know an answer."""
+    if config.oracle == "folder":
+        return ceal.FolderOracle(run, dataset, **switches)
+    to_know = np.concatenate([parts.initial, parts.pool])
+    unknown = to_know[~dataset.has_mask[to_know]]
+    if len(unknown):
+        raise UserError(
+            f"{dataset.path}: {dataset.ids[unknown[0]]} has no mask ({len(unknown)} such images among those for "
+            "--initial and --pool): have a person draw them with --oracle folder"
+        )
+    return ceal.SimulatedOracle(dataset.masks)
 
 
 def begin(config, dataset, run):
@@ -675,6 +757,7 @@ def begin(config, dataset, run):
 def main():
     """The command line."""
     config = read_config()
+    switches = read_switches(config)
     run = Path(config.run)
     if run.exists() and not (run / "config.json").exists() and not (run.is_dir() and only_ours(run)):
         raise UserError(f"{run} exists already and is no run: give another --run, or move it away")
@@ -689,17 +772,22 @@ def main():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         with open_dataset(config) as dataset:
             parts = split(dataset, config.initial, config.pool, config.test, config.split_seed)
+            oracle = find_oracle(config, dataset, parts, run, switches)
             print_plan(config, dataset, parts)
             begin(config, dataset, run)
             try:
-                history = run_loop(config, dataset, parts, run)
+                history = run_loop(config, dataset, parts, run, oracle)
+            except ceal.Unanswered as waiting:
+                print(f"when more masks are there (or now, with --partial), {go_on}")
+                return 2 if waiting.wrong else 0
             except tf.errors.ResourceExhaustedError:
                 raise UserError(
                     f"--batch-size {config.batch_size} --filters {config.filters}: not enough memory; lower one of "
                     "them, or the images' size in data.py, and give another --run"
                 )
     last = run / f"iteration_{history[-1]['iteration']:0>2}"
-    print(f"done: {run}/history.csv and {run}/dice.png hold the result, {last}/ the choices and their figures")
+    results = f"{run}/history.csv and {run}/dice.png hold" if len(parts.test) else f"{run}/history.csv holds"
+    print(f"done: {results} the result, {last}/ the choices and their figures")
     print(f"masks for your own images: python predict.py IMAGES --weights {last}/model.weights.h5 --out masks")
 
 

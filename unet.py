@@ -5,13 +5,14 @@ import functools
 import json
 import math
 import os
+import time
 import warnings
 from hashlib import blake2b
 
 import h5py
 import numpy as np
 
-from utils import LARGEST_SIDE, UserError, reserve, whole_file
+from utils import LARGEST_SIDE, UserError, derived_seed, reserve, whole_file
 
 
 @contextlib.contextmanager
@@ -140,10 +141,14 @@ def dice_coefficient(y_true, y_pred, smooth=1.0):
     y_true = tf.reshape(tf.cast(y_true, tf.float32), [-1])
     y_pred = tf.reshape(tf.cast(y_pred, tf.float32), [-1])
     overlap, sizes = tf.reduce_sum(y_true * y_pred), tf.reduce_sum(y_true) + tf.reduce_sum(y_pred)
-    replica = tf.distribute.get_replica_context()
-    if replica and replica.num_replicas_in_sync > 1:
-        overlap, sizes = replica.all_reduce("SUM", [overlap, sizes])
+    overlap, sizes = _of_all_devices([overlap, sizes])
     return (2.0 * overlap + smooth) / (sizes + smooth)
+
+
+def _of_all_devices(sums):
+    """These sums over the device's share of the batch, a list, added up over all devices."""
+    replica = tf.distribute.get_replica_context()
+    return replica.all_reduce("SUM", sums) if replica and replica.num_replicas_in_sync > 1 else sums
 
 
 @keras.saving.register_keras_serializable("ceal")  # so that a compiled model can be cloned
@@ -153,14 +158,127 @@ def dice_loss(y_true, y_pred):
     return -dice_coefficient(y_true, y_pred) / tf.distribute.get_strategy().num_replicas_in_sync
 
 
+@keras.saving.register_keras_serializable("ceal")
+def dice_bce_loss(y_true, y_pred):
+    """The published loss plus the batch's mean binary cross-entropy, whose gradient does not vanish where the network
+    is sure and wrong: with the Dice coefficient alone it may call every pixel skin and never leave that state."""
+    entropies = keras.losses.binary_crossentropy(y_true, y_pred)
+    (count,) = _of_all_devices([tf.cast(tf.size(entropies), tf.float32)])
+    return dice_loss(y_true, y_pred) + tf.reduce_sum(entropies) / count
+
+
+LOSSES = {"dice": dice_loss, "dice_bce": dice_bce_loss}
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def augmentation(rotation, width_shift, seed):
+    """Keras layers that rotate a batch (N, H, W, C) float32 by up to `rotation` degrees either way, shift it by up to
+    `width_shift` of its width and mirror it, each image in its own way."""
+    return keras.Sequential(
+        [
+            layers.RandomRotation(rotation / 360, fill_mode="nearest", seed=derived_seed(seed, "rotation")),
+            layers.RandomTranslation(0.0, width_shift, fill_mode="nearest", seed=derived_seed(seed, "shift")),
+            layers.RandomFlip("horizontal", seed=derived_seed(seed, "flip")),
+        ]
+    )
+
+
+def training_batches(read, first, last, augment=None):
+    """A tf.data.Dataset of the batches `first` to `last` - 1, each made while the step before is computed.
+
+    read: the number of a batch -> images, float32 (b, H, W, C), normalised, and targets, float32 (b, H, W, 1) in
+    [0, 1]. With `augment` (a keras.Sequential) image and mask are moved together, the mask being one more channel of
+    the image while they move. How depends on the batch's number alone, not on where the training began.
+    """
+    shapes = [(None, *array.shape[1:]) for array in read(first)]
+
+    def batch(number):
+        pictures, masks = map(tf.ensure_shape, tf.numpy_function(read, [number], (tf.float32, tf.float32)), shapes)
+        if augment:
+            for layer in augment.layers:
+                restart(layer.generator, layer.seed, 100 * number)  # a layer may draw several times
+            moved = augment(tf.concat([pictures, masks], -1), training=True)
+            pictures, masks = moved[..., :-1], tf.round(moved[..., -1:])
+        return pictures, masks
+
+    # The layers' random state makes the map sequential; its operations use all cores.
+    return tf.data.Dataset.range(first, last).map(batch).prefetch(2)
+
+
+def restart(generator, seed, number):
+    """Let a keras.random.SeedGenerator go on from these two."""
+    generator.state.assign(tf.cast(tf.stack([tf.cast(seed, tf.int64), number]), generator.state.dtype))
+
+
+SCHEDULES = "constant", "cosine"
+WARM_UP = 0.05  # of a training: the Dice loss collapses under large first steps
+
+
+def learning_rate(schedule, done):
+    """The learning rate as a share of the highest, when this share of the training's steps is done: 1 throughout as
+    published, or up in the first twentieth and down along a cosine to 0, so that the training ends settled."""
+    if schedule == "constant":
+        return 1.0
+    return min(1.0, (done + 0.001) / WARM_UP) * 0.5 * (1 + np.cos(np.pi * done))
+
+
+def training_step(model):
+    """A compiled function (images, targets) that trains the model on this batch, of which each device has a share."""
+
+    @tf.function(reduce_retracing=True, jit_compile=model.jit_compile)
+    def step(images, targets):
+        model.distribute_strategy.run(model.train_step, ((images, targets),))
+
+    return step
+
+
+class Checkpoint:
+    """A training under way, in a file of the run's folder: the network, the optimizer and the steps done."""
+
+    EVERY = 60  # seconds: what a crash costs at most
+
+    def __init__(self, model, run):
+        self.model, self.path, self.saved = model, run / ".training.weights.h5", time.monotonic()
+
+    def save_now_and_then(self, iteration, steps):
+        """Save if the last time is long ago."""
+        if time.monotonic() - self.saved > self.EVERY:
+            save_weights(self.model, self.path, iteration=iteration, steps=steps)
+            self.saved = time.monotonic()
+
+    def load(self, iteration):
+        """Put the model where this iteration's training was; returns the steps done, 0 if there is no such file.
+        Raises UserError if the file is damaged."""
+        self.saved = time.monotonic()
+        if not self.path.exists():
+            return 0
+        try:
+            with h5py.File(self.path) as file:
+                found, steps = int(file.attrs["iteration"]), int(file.attrs["steps"])
+            if found != iteration:
+                return 0
+            load_weights(self.model, self.path)
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError, UserWarning) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.path}: damaged ({reason}); remove it to do this iteration's training again")
+        return steps
+
+
 # ---------------------------------------------------------------------------------------------- Monte Carlo dropout
 
 
-def mc_dropout(model, images, passes, seed, keys=None, batch_size=16, mean=0.0, std=1.0):
-    """Mean and variance of `passes` stochastic predictions (the paper's section 2, its Fig. 1).
+MEASURES = "variance", "entropy", "bald"
+
+
+def mc_dropout(model, images, passes, seed, keys=None, batch_size=16, mean=0.0, std=1.0, measure="variance"):
+    """Mean and uncertainty map of `passes` stochastic predictions (the paper's section 2, its Fig. 1).
 
     images: uint8 or float32 (N, H, W, C); the network sees (images - mean) / std, mean and std being a float per
-    channel or one for all. Returns (mean, variance), float32 (N, H, W) each; the variance is the population's. A pass
+    channel or one for all. Returns (mean, uncertainty), float32 (N, H, W) each. measure: what a pixel's uncertainty
+    is, the `variance` of its predictions, the population's, as in the paper; the `entropy` of their mean, in nats; or
+    `bald`, the mutual information of prediction and dropout: that entropy less the predictions' mean entropy. A pass
     of an image draws its dropout mask from (seed, the image's key, the number of the pass) alone, so neither the
     batch size, nor the order, nor the other images, nor the number of devices matter. keys: an int per image that
     names it, say its position in the data set; without them its pixels do. Each device gets `batch_size` images at
@@ -175,13 +293,13 @@ def mc_dropout(model, images, passes, seed, keys=None, batch_size=16, mean=0.0, 
     step = batch_size * model.distribute_strategy.num_replicas_in_sync
     for start in range(0, len(images), step):
         some = slice(start, start + step)
-        maps[:, some] = _on_all_devices(model, images[some], image_seeds[some], constants)
+        maps[:, some] = _on_all_devices(model, images[some], image_seeds[some], constants, measure)
     return tuple(maps)
 
 
-def _on_all_devices(model, images, image_seeds, constants):
-    """(mean, variance) of one step's images, shared out among the devices of the model's strategy."""
-    strategy, sample = model.distribute_strategy, _sampler(model, images.dtype)
+def _on_all_devices(model, images, image_seeds, constants, measure):
+    """(mean, uncertainty) of one step's images, shared out among the devices of the model's strategy."""
+    strategy, sample = model.distribute_strategy, _sampler(model, images.dtype, measure)
     maps = sample(*share_out(strategy, images, image_seeds), *map(tf.constant, constants))
     return [np.concatenate(strategy.experimental_local_results(kind)) for kind in maps]
 
@@ -193,21 +311,26 @@ def _image_seeds(names, seed):
 
 
 @functools.lru_cache(maxsize=4)
-def _sampler(model, dtype):
-    """A compiled function (images, image_seeds, passes, mean, std) -> (mean, variance) for images of this dtype."""
+def _sampler(model, dtype, measure):
+    """A compiled function (images, image_seeds, passes, mean, std) -> (mean, uncertainty) for images of this dtype."""
     prepare = _decoder_passes(model) if _is_build_unet(model) else _whole_network_passes(model)
 
     def sample(images, image_seeds, passes, mean, std):
         normalised = tf.ensure_shape((tf.cast(images, tf.float32) - mean) / std, images.shape)
         one_pass = prepare(normalised, image_seeds)
-        mean = squares = tf.zeros(tf.shape(images)[:3])
+        mean = total = tf.zeros(tf.shape(images)[:3])
         for number in tf.range(passes):
             prediction = one_pass(number)
             # Welford's update: the passes need not be kept, and a small variance does not cancel away.
             difference = prediction - mean
             mean += difference / tf.cast(number + 1, tf.float32)
-            squares += difference * (prediction - mean)
-        return mean, squares / tf.cast(passes, tf.float32)
+            total += difference * (prediction - mean) if measure == "variance" else _entropy(prediction)
+        of_passes = total / tf.cast(passes, tf.float32)
+        return mean, {
+            "variance": of_passes,
+            "entropy": _entropy(mean),
+            "bald": tf.maximum(_entropy(mean) - of_passes, 0.0),  # below 0 by rounding alone
+        }[measure]
 
     strategy = model.distribute_strategy
     if strategy.num_replicas_in_sync > 1:
@@ -215,6 +338,11 @@ def _sampler(model, dtype):
     image, channels = tf.TensorSpec((None, *model.input_shape[1:]), dtype), tf.TensorSpec([None], tf.float32)
     image_seeds, passes = tf.TensorSpec([None], tf.int64), tf.TensorSpec([], tf.int64)
     return tf.function(sample, input_signature=[image, image_seeds, passes, channels, channels])
+
+
+def _entropy(probability):
+    """Of a yes or no with this probability, in nats."""
+    return -tf.math.xlogy(probability, probability) - tf.math.xlog1py(1.0 - probability, -probability)
 
 
 def _is_build_unet(model):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -143,8 +144,8 @@ def whole_folder(path):
     partial.mkdir(parents=True)
     try:
         yield partial
-        for file in partial.iterdir():
-            _flush(file)
+        for inside in partial.rglob("*"):
+            _flush(inside)
         _flush(partial)
         os.replace(partial, path)
         _flush(path.parent)
@@ -230,6 +231,11 @@ def write_csv(path, header, rows):
         csv.writer(file).writerows([header, *rows])
 
 
+def resize_map(values, size):
+    """A float32 map (H, W) at the size (height, width), linearly interpolated."""
+    return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
 def derived_seed(*parts):
     """A 31-bit seed from, say, (run seed, iteration, purpose): the same in every process and on every machine."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=4).digest(), "little") >> 1
@@ -272,16 +278,22 @@ GROUPS = {
 }
 
 
-def _save(figure, path):
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=150, bbox_inches="tight")
+def save_figure(figure, path, vector=False):
+    """Write a PNG and, if `vector`, a PDF beside it, for print."""
+    for suffix in (".png", ".pdf") if vector else (".png",):
+        with whole_file(Path(path).with_suffix(suffix)) as partial:
+            metadata = {"CreationDate": None} if suffix == ".pdf" else None  # the same figure, the same file
+            figure.savefig(partial, dpi=150, bbox_inches="tight", metadata=metadata)
 
 
 def figure_scores(scores, dice, groups, path):
     """The paper's Fig. 2: each pool image's score against its Dice, the choices in colour; the scores' histogram.
 
-    scores, dice: (N,); groups: dict of a name in GROUPS to positions in them.
+    scores, dice: (N,), a Dice NaN where there is no truth: these are drawn below the others; groups: dict of a name in
+    GROUPS to positions in them.
     """
+    known = np.isfinite(dice)
+    dice = np.where(known, dice, -0.1)
     figure = Figure(figsize=(7, 6), layout="constrained")
     scatter, histogram = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     scatter.scatter(scores, dice, s=8, color="0.75", label=f"pool ({len(scores)})")
@@ -290,20 +302,23 @@ def figure_scores(scores, dice, groups, path):
         if len(chosen):
             style = {"s": 28, "color": color, "marker": marker, "edgecolors": "black", "linewidths": 0.5}
             scatter.scatter(scores[chosen], dice[chosen], label=f"{label} ({len(chosen)})", **style)
-    scatter.set(ylabel="Dice of the prediction", ylim=(-0.03, 1.03))
+    scatter.set(ylabel="Dice of the prediction", ylim=(-0.03 if known.all() else -0.15, 1.03))
+    if not known.all():
+        ticks = np.linspace(0, 1, 6)
+        scatter.set_yticks([-0.1, *ticks], ["no truth", *(f"{tick:.1f}" for tick in ticks)])
     figure.legend(loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     # Scores that are equal but for rounding do not fill 80 bins.
     histogram.hist(scores, 80 if np.ptp(scores) > 1e-12 * max(1, np.max(scores)) else 1, color="0.4")
     histogram.set(xlabel="uncertainty score", ylabel="images", yscale="symlog")
     figure.align_ylabels()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def figure_examples(examples, path):
     """The paper's Fig. 1 for some images of each group, a row a group.
 
-    examples: a list of (group, list of (title, image uint8 (H, W, C), truth (H, W), prediction (H, W), uncertainty
-    map (H, W))). The maps share one scale, so that they compare.
+    examples: a list of (group, list of (title, image uint8 (H, W, C), truth (H, W) or None, prediction (H, W),
+    uncertainty map (H, W))). The maps share one scale, so that they compare.
     """
     examples = [(group, images) for group, images in examples if images]
     columns = max(len(images) for _, images in examples)
@@ -321,12 +336,13 @@ def figure_examples(examples, path):
             first.imshow(image, cmap="gray", vmin=0, vmax=255)
             first.set_title(title, fontsize=8)
             for ax, name, mask in zip(rest, ("truth", "prediction"), (truth, prediction)):
-                ax.imshow(mask, cmap="gray", vmin=0, vmax=1)
-                ax.set_title(name, fontsize=8)
+                if mask is not None:
+                    ax.imshow(mask, cmap="gray", vmin=0, vmax=1)
+                ax.set_title(name if mask is not None else f"no {name}", fontsize=8)
             colors = last.imshow(variance, cmap="magma", vmin=0, vmax=highest)
             last.set_title("uncertainty", fontsize=8)
     figure.colorbar(colors, ax=axes[:, -1], label="variance", shrink=0.7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def figure_history(history, path):
@@ -341,4 +357,4 @@ def figure_history(history, path):
     ax.set(xlabel="annotations", ylabel="Dice on the test images, per image at 0.5")
     ax.set_title("green: trained with pseudo-labels too", fontsize=9)
     ax.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)

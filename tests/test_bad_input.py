@@ -55,8 +55,31 @@ def template(tmp_path_factory, unet_weights):
     for name in "folder", "of_one", "folder.png":
         (folder / name).mkdir()
     image.save(folder / "of_one" / "good.jpg")
+    for name, threshold in ("threshold", 2), ("no_number", "high"):
+        (folder / f"{name}.weights.h5").write_bytes(weights)
+        with h5py.File(folder / f"{name}.weights.h5", "r+") as file:
+            file.attrs["unet"] = json.dumps({**json.loads(file.attrs["unet"]), "threshold": threshold})
+    write_bad_truths(folder, draw_row(1, 1, *SIZE))
     spoil_data(folder, content)
     return folder
+
+
+def write_bad_truths(folder, row):
+    """A folder of the name for each of TRUTHS."""
+    content = {
+        "grey": row.image[..., 0],
+        "truncated": row.mask * 255,
+        "of_other_size": row.mask[:, 1:] * 255,
+        "no_lesion": row.mask * 0,
+    }
+    for name in TRUTHS:
+        path = folder / name / "good_segmentation.png"
+        path.parent.mkdir()
+        if name in content:
+            Image.fromarray(content[name]).save(path)
+    (folder / "no_picture" / "good_segmentation.png").write_text("no picture")
+    truncated = folder / "truncated" / "good_segmentation.png"
+    truncated.write_bytes(truncated.read_bytes()[:-40])
 
 
 def spoil_data(folder, content):
@@ -75,6 +98,7 @@ def spoil_data(folder, content):
         "short": instead("ids", data=["A"] * 11, dtype=h5py.string_dtype()),
         "numbers": instead("ids", data=np.arange(12)),
         "parts": instead("part", data=["train"] * 3, dtype=h5py.string_dtype()),
+        "marks": instead("has_mask", data=[True] * 3),
         "flat": instead("images", shape=(12, 48 * 64), dtype="u1"),
         "small_masks": instead("masks", shape=(12, 24, 64), dtype="u1"),
         "float": instead("images", shape=(12, *SIZE), dtype="f4"),
@@ -100,6 +124,7 @@ SCRIPTS = {"data": data, "train": train, "predict": predict, "bench": bench}
 TRAIN = "train --data good.h5 --run r --initial 4 --pool 4 --test 2 --no-detection 1 --most-uncertain 1 --random 1"
 LONG = 300 * "x"
 PREDICT = "predict good.png --weights good.weights.h5 --out masks"
+TRUTHS = "grey", "truncated", "of_other_size", "no_lesion", "no_picture"  # folders of bad true masks
 IMAGES = "nowhere.jpg", "folder", "good.png of_one", "empty.jpg", "text.jpg", "deep.png", "good.h5"
 
 
@@ -127,6 +152,7 @@ BAD_DATA = (
     "short",
     "numbers",
     "parts",
+    "marks",
     "flat",
     "small_masks",
     "float",
@@ -139,6 +165,7 @@ CASES = [
     *(f"{TRAIN} --dropout {value}" for value in (0, 1, 2)),
     *(f"{TRAIN} {option}" for option in ("--learning-rate 0", "--rotation 181", "--width-shift 1.5")),
     *(f"{TRAIN} {option}" for option in ("--filters 20000", "--filters 2000000000", "--no-such-option 1", "--run")),
+    *(f"{TRAIN} {option}" for option in ("--wait", "--partial", "--oracle human", "--oracle folder --wait --partial")),
     # combinations that make no sense
     f"{TRAIN} --pool 2",
     f"{TRAIN} --no-detection 0 --most-uncertain 0 --random 0",
@@ -159,8 +186,6 @@ CASES = [
     *(f"{PREDICT} --weights {name}" for name in ("pipe.h5", "/dev/zero", "''", ".")),
     *(f"{PREDICT} --out {name}" for name in ("good.png", "good.png/x", "pipe.h5", LONG)),
     "predict --weights good.weights.h5 --out masks",
-    "predict good.png --out masks",
-    "predict good.png --weights good.weights.h5",
     # data.py
     "data",
     "data isik of_one x.h5",
@@ -185,6 +210,11 @@ CASES = [
     *(f"bench --data {name}" for name in ("nowhere.h5", "good.png", "good.h5", "bad_short.h5")),
     *(f"bench --data good.h5 --weights {name}.weights.h5" for name in ("nowhere", "empty", "nan")),
     *(f"bench --json {name}" for name in ("folder", "good.png/x.json")),
+    # predict.py as an instrument
+    *(f"{PREDICT} --threshold {value}" for value in ("0", "1", "-0.5", "1.5", "nan", "half")),
+    *(f"{PREDICT} --weights {name}.weights.h5" for name in ("threshold", "no_number")),
+    *(f"{PREDICT} --truth {name}" for name in ("nowhere", "good.png", "folder", "masks", *TRUTHS)),
+    f"{PREDICT} --truth folder --tta yes",
 ]
 # What the sentence names, where it is not the last word.
 NAMED = {
@@ -197,8 +227,6 @@ NAMED = {
     **{f"predict {name} --out masks --weights good.weights.h5": name for name in IMAGES},
     "predict good.png of_one --out masks --weights good.weights.h5": "good.jpg",
     "predict --weights good.weights.h5 --out masks": "INPUT",
-    "predict good.png --out masks": "--weights",
-    "predict good.png --weights good.weights.h5": "--out",
     "bench --weights good.weights.h5": "--weights",
     "bench --quick 3": "3",
     "bench --json good.png/x.json": "good.png",
@@ -212,6 +240,7 @@ NAMED = {
     **{f"data isic {name} x.h5": name.strip("'") for name in ("nowhere", "good.png", "folder", "of_one", "pipe.h5")},
     **{f"data show {name}.h5 x.png": f"{name}.h5" for name in ("nowhere", "truncated", "pipe", "bad_short")},
     "data isic '' x.h5": "ISIC-2017_Training_Data",
+    f"{PREDICT} --truth folder --tta yes": "yes",
 }
 
 

@@ -127,6 +127,13 @@ def test_pseudo_labels_come_from_the_fullest_bin_and_never_from_the_queries(scor
     assert set(pseudo) <= available if len(available) >= count else available <= set(pseudo)
 
 
+def test_uniform_queries_are_of_the_whole_pool_and_none_is_named_twice():
+    chosen = [ceal.select_uniform(40, np.random.default_rng(seed), 10) for seed in range(200)]
+    assert all(len(set(positions)) == 10 for positions in chosen)
+    assert np.bincount(np.concatenate(chosen), minlength=40).min() > 20  # 50 by chance
+    assert sorted(ceal.select_uniform(7, np.random.default_rng(0), 10)) == list(range(7))
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(0, 1e6), max_size=60), st.lists(st.integers(0, 5), min_size=3, max_size=3))
 def test_any_pool_gives_as_many_queries_as_asked_or_all_it_has(scores, counts):

@@ -61,8 +61,8 @@ def save(path, pixels, **options):
 def read(path):
     """Everything in an HDF5 file of data.py, without data.py."""
     with h5py.File(path) as file:
-        text = {name: file[name].asstr()[:].tolist() for name in ("ids", "part")}
-        arrays = {name: file[name][:] for name in ("images", "masks", "original_sizes")}
+        text = {name: file[name].asstr()[:].tolist() for name in ("ids", "part", "files")}
+        arrays = {name: file[name][:] for name in ("images", "masks", "original_sizes", "has_mask")}
         return {**text, **arrays, "chunks": file["images"].chunks, "attributes": dict(file.attrs)}
 
 
@@ -107,8 +107,11 @@ def test_isic_writes_each_image_with_its_own_mask(run, tmp_path, channels):
     assert (file["images"].shape, file["masks"].shape) == ((4, 32, 48, channels), (4, 32, 48))
     assert file["chunks"] == (1, 32, 48, channels)
     assert file["original_sizes"].tolist() == [[64, 96]] * 4
-    expected = {"source": "ISIC 2017", "height": 32, "width": 48, "channels": channels, "layout_version": 1}
-    assert file["attributes"] == expected
+    expected = {"source": "ISIC 2017", "height": 32, "width": 48, "channels": channels, "layout_version": 2}
+    assert file["attributes"] == {**expected, "folder": str(tmp_path)}
+    assert file["has_mask"].tolist() == [True] * 4
+    assert [Path(name).stem for name in file["files"]] == file["ids"]
+    assert all((tmp_path / name).is_file() for name in file["files"])
     for id, image, mask in zip(file["ids"], file["images"], file["masks"]):
         np.testing.assert_array_equal(mask, np.indices((32, 48))[0] < rows[id] / 2)
         level = color[id] if channels == 3 else np.dot(color[id], (0.299, 0.587, 0.114))
@@ -142,6 +145,117 @@ def test_python_data_py_writes_a_file_and_tells_what_is_in_it_or_what_is_wrong(r
     truncate(tmp_path / "isic" / "ISIC-2017_Training_Data" / "ISIC_0000008.jpg")
     done = run_script("data.py", "isic", "isic", "y.h5", *SIZE)
     assert_refused((done.returncode, done.stdout, done.stderr), "ISIC_0000008.jpg")
+
+
+# ------------------------------------------------------------------------------------------------ any folder to a file
+
+
+NAMES = ["naevus one.JPG", "übung.png", "-dash.bmp", "a.b.tiff", "0007.webp", "x.jpeg"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of six plain images, each of its own grey, among other files; and one of the masks of three."""
+    images, masks = tmp_path / "photos", tmp_path / "drawn"
+    images.mkdir()
+    masks.mkdir()
+    for n, name in enumerate(NAMES):
+        save(images / name, np.full((64, 96, 3), 40 * n))
+    for name in ("notes.txt", "x_superpixels.png", "x_segmentation.png", "._x.jpg", "photos.csv"):
+        (images / name).write_text("passed over")
+    for rows, name in (8, "naevus one_Segmentation.PNG"), (16, "-dash.png"), (24, "übung_segmentation.png"):
+        save(masks / name, 255 * (np.indices((64, 96))[0] < rows))
+    (masks / "notes.txt").write_text("passed over")
+    return images, masks
+
+
+def test_a_folder_becomes_a_file_in_which_each_image_has_its_mask_or_none(run, photos, tmp_path):
+    images, masks = photos
+    code, out, err = run("folder", images, tmp_path / "x.h5", "--masks", masks, *SIZE)
+    assert (code, err) == (0, "")
+    assert "6 images, 3 with a mask" in out
+    assert "--oracle folder" in out
+    file = read(tmp_path / "x.h5")
+    assert sorted(file["ids"]) == sorted(Path(name).stem for name in NAMES)
+    assert set(file["part"]) == {"train"}
+    assert file["attributes"]["folder"] == str(images)
+    rows = {"naevus one": 8, "-dash": 16, "übung": 24}
+    for id, name, image, mask, has_mask in zip(*(file[k] for k in ("ids", "files", "images", "masks", "has_mask"))):
+        assert np.abs(image - 40.0 * NAMES.index(name)).max() <= 2
+        assert Path(name).stem == id
+        assert has_mask == (id in rows)
+        np.testing.assert_array_equal(mask, np.indices((32, 48))[0] < rows.get(id, 0) / 2)
+
+
+def test_a_folder_without_any_masks_and_one_with_masks_beside_the_images(run, photos, tmp_path):
+    images, masks = photos
+    code, out, _ = run("folder", images, tmp_path / "none.h5", *SIZE, "--channels", 3)
+    assert (code, read(tmp_path / "none.h5")["has_mask"].sum()) == (0, 0)
+    assert "6 images, 0 with a mask" in out
+    code, out, _ = run("info", tmp_path / "none.h5")
+    assert (code, "with a mask 0" in " ".join(out.split()), "lesion area" in out) == (0, True, False)
+    assert run("show", tmp_path / "none.h5", tmp_path / "sheet.png")[0] == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        red, green, blue = np.moveaxis(np.array(sheet.convert("RGB")), -1, 0)
+    assert not np.sum((red < 80) & (green > 180) & (blue > 180))  # no outline
+
+    (images / "x_segmentation.png").unlink()
+    shutil.copy(masks / "übung_segmentation.png", images)  # übung.png is the image there, and no second mask
+    code, out, err = run("folder", images, tmp_path / "beside.h5", "--masks", images, *SIZE)
+    assert (code, err) == (0, "")
+    assert "6 images, 1 with a mask" in out
+    code, out, _ = run("info", tmp_path / "beside.h5")
+    assert "with a mask 1" in " ".join(out.split())
+    assert "median 37.5%" in out  # 24 of 64 rows
+
+
+BAD_FOLDERS = {  # what was done to the folders, and what the message names
+    "mask without image": (lambda images, masks: save(masks / "other.png", np.full((64, 96), 255)), ["other.png"]),
+    "two images": (lambda images, masks: save(images / "x.png", np.zeros((64, 96))), ["x.jpeg", "x.png"]),
+    "two masks": (
+        lambda images, masks: save(masks / "übung.png", np.full((64, 96), 255)),
+        ["übung.png", "übung_segmentation.png"],
+    ),
+    "an image that is none": (lambda images, masks: (images / "x.jpeg").write_text(HTML), ["x.jpeg"]),
+    "a folder named as an image": (lambda images, masks: (images / "y.jpg").mkdir(), ["y.jpg"]),
+    "a mask that is none": (lambda images, masks: (masks / "-dash.png").write_text(HTML), ["-dash.png"]),
+    "an empty mask": (lambda images, masks: save(masks / "-dash.png", np.zeros((64, 96))), ["-dash.png"]),
+    "a mask of another aspect": (
+        lambda images, masks: save(masks / "-dash.png", np.full((64, 90), 255)),
+        ["-dash.png"],
+    ),
+    "no masks folder": (lambda images, masks: shutil.rmtree(masks), ["drawn"]),
+    "no images": (lambda images, masks: [path.unlink() for path in images.iterdir()], ["photos"]),
+    "no folder": (lambda images, masks: shutil.rmtree(images), ["photos"]),
+    "a file": (lambda images, masks: shutil.rmtree(images) or images.write_text("?"), ["photos"]),
+    "no UTF-8": (lambda images, masks: open(os.fsencode(images) + b"/\xff.jpg", "w").close(), ["photos", "udcff.jpg"]),
+    "a line break": (lambda images, masks: (images / "a\nb.jpg").touch(), ["photos", "a\\nb.jpg"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_a_bad_folder_is_named_in_one_line_and_nothing_is_written(run, photos, tmp_path, name):
+    spoil, named = BAD_FOLDERS[name]
+    spoil(*photos)
+    assert_refused(run("folder", photos[0], tmp_path / "x.h5", "--masks", photos[1], *SIZE), *named)
+    assert_nothing_written(tmp_path)
+
+
+def test_a_name_that_a_mac_wrote_is_that_of_the_mask(run, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "drawn").mkdir()
+    save(tmp_path / "photos" / "nae\u0301vus.jpg", np.zeros((64, 96)))  # e, accent
+    save(tmp_path / "drawn" / "na\u00e9vus.png".replace("na\u00e9", "na\u00e9"), np.full((64, 96), 255))
+    code, out, err = run("folder", tmp_path / "photos", tmp_path / "x.h5", "--masks", tmp_path / "drawn", *SIZE)
+    assert (code, "1 with a mask" in out) == (0, True), err
+    assert read(tmp_path / "x.h5")["ids"] == ["na\u00e9vus"]
+
+
+def test_10000_files_are_found(tmp_path):
+    for n in range(10_000):
+        (tmp_path / f"{n:05d}.png").touch()
+    pairs = data.find_folder(tmp_path)
+    assert [pair.id for pair in pairs] == [f"{n:05d}" for n in range(10_000)]
 
 
 # ---------------------------------------------------------------------------------------------------- single pictures
@@ -206,6 +320,58 @@ def test_masks_of_0_and_1_and_masks_with_grey_edges_are_read(tmp_path, white):
         pixels[16, 40:60], pixels[15, 40:60] = 200, 60
     mask, _ = data.read_mask(save(tmp_path / "x.png", pixels), 64, 96)
     np.testing.assert_array_equal(mask, lesion)
+
+
+def test_masks_are_read_as_editors_write_them(tmp_path):
+    """Two values are a mask in any mode of Pillow's: what is not black, or not transparent, is lesion."""
+    lesion = np.indices((64, 96))[1] < 30
+    grey = Image.fromarray(np.uint8(255) * lesion)
+    red = Image.fromarray(lesion[..., None] * np.array([200, 0, 1], np.uint8))
+    blue = Image.fromarray(lesion[..., None] * np.array([0, 0, 1], np.uint8))  # grey value 0
+    white_on_nothing = Image.merge("RGBA", [Image.new("L", grey.size, 255)] * 3 + [grey])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    pictures = {
+        "bit.png": grey.convert("1"),
+        "bit.tif": grey.convert("1"),
+        "rgb.bmp": grey.convert("RGB"),
+        "palette.png": red.convert("P", palette=Image.Palette.ADAPTIVE),
+        "red.png": red,
+        "blue.png": blue,
+        "dim.png": Image.fromarray(np.uint8(100) * lesion),
+        "rgba.png": grey.convert("RGBA"),
+        "transparent.png": white_on_nothing,
+        "labels.tif": Image.fromarray(lesion.astype(np.uint16)),
+        "labels.png": Image.fromarray(lesion.astype(np.uint16) * np.uint16(65535)),
+        "labels32.tif": Image.fromarray(lesion.astype(np.int32)),
+        "float.tif": Image.fromarray(lesion.astype(np.float32)),
+        "gif.gif": grey,
+    }
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+        np.testing.assert_array_equal(np.asarray(data.open_mask(tmp_path / name)), 255 * lesion, err_msg=name)
+    grey.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=turned)
+    np.testing.assert_array_equal(np.asarray(data.open_mask(tmp_path / "turned.png")), 255 * lesion)
+
+
+def test_what_is_no_mask_is_refused_in_any_mode(tmp_path):
+    ramp = np.indices((64, 96)).sum(0)
+    pictures = {
+        "ramp.png": Image.fromarray(ramp.astype(np.uint8)),
+        "deep.png": Image.fromarray((300 * ramp).astype(np.uint16)),
+        "float.tif": Image.fromarray(ramp.astype(np.float32)),
+        "colours.png": Image.fromarray(np.stack([ramp, 0 * ramp, ramp[::-1]], -1).astype(np.uint8)),
+        "grey and white.png": Image.fromarray(np.where(ramp < 60, 100, 255).astype(np.uint8)),
+        "plain.png": Image.new("L", (96, 64), 100),
+        "mask.jpg": Image.new("L", (96, 64), 255),
+    }
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+        with pytest.raises(UserError, match=name.replace(".", r"\.")):
+            data.open_mask(tmp_path / name)
+    Image.new("1", (96, 64)).save(tmp_path / "pages.tif", save_all=True, append_images=[Image.new("1", (96, 64), 1)])
+    with pytest.raises(UserError, match=r"pages\.tif: 2 pages"):
+        data.open_mask(tmp_path / "pages.tif")
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -357,7 +523,8 @@ def fake_dataset(train, others=0):
     ids = [id for pair in data.NEAR_DUPLICATES for id in pair] + [f"ISIC_{n:07d}" for n in range(20000, 24000)]
     order = np.random.default_rng(0).permutation(train + others)
     part = np.array(["train"] * train + ["test"] * others, object)[order]
-    return SimpleNamespace(ids=np.array(ids[: train + others], object)[order], part=part, path="x.h5")
+    ids = np.array(ids[: train + others], object)[order]
+    return SimpleNamespace(ids=ids, part=part, has_mask=np.ones(len(ids), bool), path="x.h5")
 
 
 def test_the_papers_split_is_of_training_images_and_depends_on_its_seed_only():
@@ -368,6 +535,14 @@ def test_the_papers_split_is_of_training_images_and_depends_on_its_seed_only():
     assert all((np.diff(positions) > 0).all() for positions in split)
     np.testing.assert_array_equal(np.concatenate(split), np.concatenate(again))
     assert 100 < len(set(split.initial) & set(other.initial)) < 260  # 180 = 600 * 600 / 2000 by chance
+
+
+def test_the_test_images_do_not_depend_on_how_many_are_labelled_or_in_the_pool():
+    dataset = fake_dataset(2000)
+    for seed in range(50):
+        splits = [data.split(dataset, *n, 400, seed) for n in ((600, 1000), (100, 1500), (1600, 0), (100, 500))]
+        for other in splits[1:]:
+            np.testing.assert_array_equal(other.test, splits[0].test)
 
 
 @pytest.mark.parametrize("unused", [0, 8])
@@ -388,6 +563,55 @@ def test_a_split_that_cannot_be_is_refused_with_its_numbers():
         data.split(fake_dataset(1999, 100))
     with pytest.raises(UserError, match=r"near-duplicates ISIC_\d+ and ISIC_\d+"):
         data.split(fake_dataset(6), 3, 3, 0)  # six images, two of a kind each
+
+
+@pytest.mark.parametrize(
+    ("masks", "counts", "labelled"),
+    [
+        (90, (40, 200, 30), 40),  # enough for the test and all labelled images
+        (50, (40, 200, 30), 20),  # 20 labelled images are left to ask for
+        (30, (40, 200, 30), 0),
+        (0, (40, 200, 0), 0),
+        (50, (100, 200, 0), 50),
+    ],
+)
+def test_images_with_a_mask_are_for_test_first_then_labelled_and_only_then_in_the_pool(masks, counts, labelled):
+    dataset = fake_dataset(300, 40)
+    for seed in range(20):
+        chosen = np.random.default_rng(seed).permutation(np.flatnonzero(dataset.part == "train"))
+        if masks == counts[2]:  # all are needed for the test: of a pair that has one mask the other has nowhere to go
+            chosen = chosen[~np.isin(dataset.ids[chosen], data.NEAR_DUPLICATES)]
+        chosen = chosen[:masks]
+        dataset.has_mask[:] = False
+        dataset.has_mask[chosen] = True
+        split = data.split(dataset, *counts, seed=seed)
+        again = data.split(dataset, *counts, seed=seed)
+        np.testing.assert_array_equal(np.concatenate(split), np.concatenate(again))
+        assert tuple(map(len, split)) == counts
+        assert len(set(np.concatenate(split))) == sum(counts)
+        assert all((np.diff(positions) > 0).all() for positions in split)
+        assert (dataset.part[np.concatenate(split)] == "train").all()
+        assert dataset.has_mask[split.test].all()
+        assert abs(dataset.has_mask[split.initial].sum() - labelled) <= 3  # near-duplicates may take a place
+        sides = [set(dataset.ids[positions]) for positions in split]
+        for one, other in data.NEAR_DUPLICATES:
+            assert [one in side for side in sides] == [other in side for side in sides], seed
+
+
+def test_which_images_without_a_mask_come_into_the_pool_is_drawn_by_the_seed():
+    dataset = fake_dataset(2000)
+    dataset.has_mask[50:] = False
+    split, other = (data.split(dataset, 30, 600, 20, seed=seed) for seed in (1, 2))
+    assert 100 < len(set(split.pool) & set(other.pool)) < 280  # 600 * 600 / 1950 = 185 by chance
+
+
+def test_too_few_masks_for_the_test_are_refused_with_their_numbers():
+    dataset = fake_dataset(300)
+    dataset.has_mask[20:] = False
+    with pytest.raises(
+        UserError, match=r"x\.h5 has 20 training images with a mask, too few for 21 for test; lower --test"
+    ):
+        data.split(dataset, 10, 200, 21)
 
 
 # --------------------------------------------------------------------------------------------------- synthetic lesions

@@ -1,4 +1,5 @@
-"""predict.py: masks at the image's own size, the folders that the challenge's scorer takes, bad images among good."""
+"""predict.py: masks at the image's own size, the folders that the challenge's scorer takes, bad images among good; what
+it says of their quality, against that scorer; and its options, each against a way of its own."""
 
 import csv
 import json
@@ -10,9 +11,12 @@ import pytest
 from conftest import blobs
 from isic_challenge_scoring.segmentation import SegmentationScore
 from PIL import Image
+from scipy import ndimage
+from scipy.stats import binom
 
 import predict
-from utils import segmentation_metrics
+from unet import build_unet, save_unet
+from utils import read_csv, segmentation_metrics
 
 
 @pytest.fixture
@@ -173,3 +177,272 @@ def test_a_name_that_begins_with_a_dash_follows_two(unet_weights, tmp_path, monk
     odd_images(tmp_path, np.full((48, 64), 99, np.uint8))
     run_main(monkeypatch, "--weights", unet_weights, "--out", "out", "--", "-dash.png")
     assert (tmp_path / "out" / "-dash_segmentation.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- --truth
+
+METRICS = "dice", "jaccard", "sensitivity", "specificity", "accuracy", "threshold_jaccard"
+
+
+def of_scorer(truth, masks):
+    """The challenge's own means, as a dict."""
+    return SegmentationScore.from_dir(truth, masks).macro_average.to_dict()
+
+
+def printed_table(text):
+    """{metric: (mean, the rest of the line)} of what predict.py printed."""
+    lines = [line for line in text.splitlines() if line[:20].strip().replace(" ", "_") in METRICS]
+    return {line[:20].strip().replace(" ", "_"): (float(line[20:28]), line[28:].strip()) for line in lines}
+
+
+def test_the_metrics_are_those_of_the_challenges_scorer(run_script, lesions, unet_weights):
+    Image.new("RGB", (300, 200), (190, 190, 190)).save(lesions / "images" / "ISIC_0000002.jpg")  # nothing to be found
+    Image.fromarray(np.pad(np.full((50, 60), 255, np.uint8), ((0, 150), (0, 240)))).save(
+        lesions / "truth" / "ISIC_0000002_segmentation.png"
+    )
+    done = run_script("predict.py", "images", "--weights", unet_weights, "--truth", "truth", "--largest", "--overlay")
+    assert done.returncode == 0, done.stderr
+    assert not np.any(Image.open(lesions / "masks" / "ISIC_0000002_segmentation.png"))
+
+    rows = read_csv(lesions / "masks" / "metrics.csv")
+    assert list(rows[0]) == ["id", *METRICS]
+    assert [row["id"] for row in rows] == [f"ISIC_{n:07d}" for n in range(20)]
+    assert [float(rows[2][name]) for name in METRICS] == [0, 0, 0, 1, pytest.approx(0.95), 0]
+    theirs, table = of_scorer(lesions / "truth", lesions / "masks"), printed_table(done.stdout)
+    for name in METRICS:
+        values = [float(row[name]) for row in rows]
+        assert np.mean(values) == pytest.approx(theirs[name], abs=1e-6)
+        mean, (low, high) = table[name][0], map(float, table[name][1].split(" to "))
+        assert mean == pytest.approx(theirs[name], abs=1e-4)
+        assert min(values) - 1e-4 <= low <= mean <= high <= max(values) + 1e-4
+
+
+def test_rating_equals_the_challenges_scorer_on_random_and_extreme_masks(tmp_path):
+    rng = np.random.default_rng(4)
+    noise = [ndimage.gaussian_filter(rng.standard_normal((37, 53)), 3) for _ in range(18)]
+    truths = [np.where(values > np.quantile(values, 0.3 + 0.03 * n), 255, 0) for n, values in enumerate(noise)]
+    masks = [values + 0.02 * rng.standard_normal(values.shape) > np.median(values) for values in noise]
+    masks[0][:], masks[1][:], truths[2][:] = False, True, 255
+    truths[3], masks[4] = np.pad([[255]], ((0, 36), (0, 52))), truths[4] > 0  # one pixel; a perfect mask
+    edges = rng.choice(np.argwhere(truths[5] > 0), 15)
+    truths[5][tuple(edges.T)] = np.arange(121, 136)  # grey at the edges, on both sides of the scorer's limit
+    for n, (truth, mask) in enumerate(zip(truths, masks)):
+        for folder, pixels in ("truth", truth), ("mask", mask * 255):
+            path = tmp_path / f"{folder}_{n}" / f"ISIC_{n:07d}_segmentation.png"
+            path.parent.mkdir()
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+        ours = predict.rate(mask, tmp_path / f"truth_{n}" / path.name)
+        assert ours == pytest.approx(of_scorer(tmp_path / f"truth_{n}", path.parent), abs=1e-6), n
+
+
+def test_what_cannot_be_rated_is_named_and_the_rest_is_rated(lesions, unet_weights, monkeypatch, capsys):
+    truth = lesions / "truth"
+    (truth / "ISIC_0000000_segmentation.png").rename(truth / "isic_0000000_Segmentation.PNG")
+    (truth / "ISIC_0000001_segmentation.png").rename(truth / "ISIC_0000001.png")
+    for n in (5, 6):
+        (truth / f"ISIC_{n:07d}_segmentation.png").unlink()
+    Image.new("L", (319, 240), 255).save(truth / "ISIC_0000007_segmentation.png")
+    short = truth / "ISIC_0000008_segmentation.png"
+    short.write_bytes(short.read_bytes()[:-300])
+    monkeypatch.chdir(lesions)
+    assert run_main(monkeypatch, "images", "--weights", unet_weights, "--truth", "truth") == 2
+    said = capsys.readouterr()
+    assert "masks: 20 masks" in said.out
+    assert "2 images (ISIC_0000005, ISIC_0000006)" in said.out
+    errors = said.err.splitlines()
+    assert len(errors) == 2
+    assert "ISIC_0000007_segmentation.png is 240x319 and its image 310x432" in errors[0]
+    assert "ISIC_0000008_segmentation.png: not a readable picture" in errors[1]
+    rated = {row["id"]: row for row in read_csv("masks/metrics.csv")}
+    assert sorted(rated) == [f"ISIC_{n:07d}" for n in range(20) if n not in (5, 6, 7, 8)]
+    assert all(float(row["dice"]) > 0.8 for row in rated.values())
+
+
+def test_a_png_is_not_its_own_true_mask(tmp_path):
+    for name in ("a.png", "b.png", "b_segmentation.png"):
+        (tmp_path / name).touch()
+    images = predict.find_images([tmp_path])
+    assert predict.find_truths(tmp_path, images) == {tmp_path / "b.png": tmp_path / "b_segmentation.png"}
+
+
+def test_true_masks_of_unclear_ownership_are_refused(tmp_path):
+    for name in ("a.jpg", "A.jpg", "a_segmentation.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(predict.UserError, match=r"a_segmentation.png is the true mask of .*A.jpg or of .*a.jpg"):
+        predict.find_truths(tmp_path, predict.find_images([tmp_path]))
+    (tmp_path / "A.jpg").unlink()
+    (tmp_path / "a_Segmentation.png").touch()
+    with pytest.raises(predict.UserError, match=r"a_Segmentation.png and .*a_segmentation.png are both"):
+        predict.find_truths(tmp_path, predict.find_images([tmp_path]))
+
+
+def test_the_true_masks_are_never_overwritten(lesions, unet_weights, monkeypatch):
+    before = {path: path.read_bytes() for path in (lesions / "truth").iterdir()}
+    (lesions / "link").symlink_to("truth")
+    with pytest.raises(predict.UserError, match="would overwrite the true ones"):
+        run_main(
+            monkeypatch,
+            *(lesions / "images", "--weights", unet_weights, "--truth", lesions / "truth", "--out", lesions / "link"),
+        )
+    assert {path: path.read_bytes() for path in (lesions / "truth").iterdir()} == before
+
+
+def test_a_single_image_has_no_interval(lesions, unet_weights, monkeypatch, capsys):
+    image = lesions / "images" / "ISIC_0000003.jpg"
+    run_main(
+        monkeypatch, image, "--weights", unet_weights, "--out", lesions / "out", "--truth", lesions / "truth", "--tta"
+    )
+    table = printed_table(capsys.readouterr().out)
+    (row,) = read_csv(lesions / "out" / "metrics.csv")
+    assert len(table) == 6
+    for name, (mean, interval) in table.items():
+        assert mean == pytest.approx(float(row[name]), abs=1e-4)
+        assert interval == "none: a single image"
+
+
+def test_intervals_are_the_bootstraps():
+    """A resample of 40 zeros and ones of which 28 are ones has a binomial number of ones; one of any values has nearly
+    a normal mean."""
+    rng = np.random.default_rng(0)
+    values = np.stack([np.arange(40) < 28, np.ones(40), rng.normal(5, 2, 40)]).astype(float)
+    mean, low, high = predict.mean_intervals(values)
+    np.testing.assert_allclose(mean, values.mean(1))
+    assert (low[0], high[0]) == tuple(binom.ppf([0.025, 0.975], 40, 0.7) / 40)
+    assert (low[1], high[1]) == (1, 1)
+    half = 1.96 * values[2].std() / np.sqrt(40)
+    assert (low[2], high[2]) == pytest.approx((mean[2] - half, mean[2] + half), abs=0.05 * half)
+
+
+# ------------------------------------------------------------------------------- --tta, --largest, --threshold, weights
+
+
+class Ramp:
+    """A "network" whose probability is the image's grey times a weight that depends on where a pixel is."""
+
+    weights = np.arange(12, dtype=np.float32).reshape(3, 4) / 12
+
+    def predict_on_batch(self, images):
+        return images * self.weights[..., None]
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_tta_is_the_mean_over_the_mirrored_images(tta):
+    images = np.random.default_rng(1).integers(0, 256, (5, 3, 4, 1), np.uint8)
+    batch = [(n, image, (3, 4)) for n, image in enumerate(images)]
+    settings = {"mean": [0.0], "std": [255.0]}
+    rows = list(predict.predict_batch(Ramp(), settings, batch, predict.Options(Path("out"), tta=tta)))
+    # The weight of a pixel is on average that of the four pixels that it is mirrored to: 5.5, whichever it is.
+    weights = 5.5 / 12 if tta else Ramp.weights
+    assert [path for path, *_ in rows] == [0, 1, 2, 3, 4]
+    found = np.stack([prediction for _, _, prediction, *_ in rows])
+    np.testing.assert_allclose(found, images[..., 0] / 255 * weights, rtol=1e-5)
+
+
+def test_tta_is_off_by_default_and_leaves_the_uncertainty_alone(lesions, unet_weights, monkeypatch, capsys):
+    image = lesions / "images" / "ISIC_0000001.jpg"
+    for out, options in ("plain", ()), ("tta", ("--tta", "--largest", "--threshold", "0.9")):
+        arguments = image, "--weights", unet_weights, "--out", lesions / out, "--uncertainty", "--passes", 3, *options
+        assert run_main(monkeypatch, *arguments) == 0
+    for name in "scores.csv", "ISIC_0000001_uncertainty.png":
+        first, second = (lesions / out / "uncertainty" / name for out in ("plain", "tta"))
+        assert first.read_bytes() == second.read_bytes()
+    plain, tta = (np.asarray(Image.open(lesions / out / "ISIC_0000001_segmentation.png")) for out in ("plain", "tta"))
+    assert 0 < np.mean(plain != tta) < 0.2
+
+
+def test_the_largest_part_is_kept_and_its_holes_are_filled():
+    picture = """
+        ........##
+        .#####..#.
+        .#...#....
+        .#.#.#..##
+        .#..##..##
+        .####...##
+        .......###
+    """
+    filled = """
+        ..........
+        .#####....
+        .#####....
+        .#####....
+        .#####....
+        .####.....
+        ..........
+    """
+    mask, expected = ([[pixel == "#" for pixel in line] for line in text.split()] for text in (picture, filled))
+    np.testing.assert_array_equal(predict.largest_part(np.array(mask)), expected)
+    full, empty = np.ones((4, 5), bool), np.zeros((4, 5), bool)
+    np.testing.assert_array_equal(predict.largest_part(full), full)
+    np.testing.assert_array_equal(predict.largest_part(empty), empty)
+
+
+def test_the_largest_part_on_random_masks_is_that_of_scipy():
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        mask = ndimage.gaussian_filter(rng.standard_normal((40, 60)), 2) > 0.01
+        parts, count = ndimage.label(mask, np.ones((3, 3)))
+        sizes = ndimage.sum_labels(mask, parts, range(1, count + 1))
+        expected = ndimage.binary_fill_holes(parts == 1 + np.argmax(sizes))
+        np.testing.assert_array_equal(predict.largest_part(mask), expected)
+
+
+def test_the_threshold_given_goes_before_the_one_stored_with_the_weights(lesions, unet_weights, monkeypatch, capsys):
+    image = lesions / "images" / "ISIC_0000001.jpg"
+    stored = lesions / "stored.weights.h5"
+    stored.write_bytes(unet_weights.read_bytes())
+    with h5py.File(stored, "a") as file:
+        file.attrs["unet"] = json.dumps({**json.loads(file.attrs["unet"]), "threshold": 0.97})
+
+    def mask_and_text(weights, *options):
+        run_main(monkeypatch, image, "--weights", weights, "--out", lesions / "out", *options)
+        return np.array(Image.open(lesions / "out/ISIC_0000001_segmentation.png")) > 0, capsys.readouterr().out
+
+    (half, text), (high, text_high) = mask_and_text(unet_weights), mask_and_text(unet_weights, "--threshold", "0.97")
+    assert "cut at 0.5\n" in text
+    assert "cut at 0.97\n" in text_high
+    assert high.sum() < half.sum()
+    assert not (high & ~half).any()
+    own, text = mask_and_text(stored)
+    assert "cut at 0.97, the threshold stored in it" in text
+    np.testing.assert_array_equal(own, high)
+    given, text = mask_and_text(stored, "--threshold", "0.5")
+    assert "cut at 0.5\n" in text
+    np.testing.assert_array_equal(given, half)
+
+
+def test_the_best_shipped_weights_are_used_without_weights(lesions, unet_weights, monkeypatch, capsys):
+    best, paper = lesions / "best.weights.h5", lesions / "paper.weights.h5"
+    monkeypatch.setattr(predict, "SHIPPED", [best, paper])
+    monkeypatch.chdir(lesions)
+    with pytest.raises(predict.UserError, match="--weights is needed"):
+        run_main(monkeypatch, "images/ISIC_0000001.jpg")
+    assert not Path("masks").exists()
+    for path in paper, best:
+        path.write_bytes(unet_weights.read_bytes())
+        assert run_main(monkeypatch, "images/ISIC_0000001.jpg") == 0
+        assert f"masks: 1 masks by {path}" in capsys.readouterr().out
+    assert Path("masks/ISIC_0000001_segmentation.png").exists()
+
+
+def test_the_weights_folder_is_beside_the_program():
+    assert [path.name for path in predict.SHIPPED] == ["best.weights.h5", "paper.weights.h5"]
+    assert {path.parent for path in predict.SHIPPED} == {Path(predict.__file__).parent / "weights"}
+
+
+def test_a_network_of_three_channels_sees_colours(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(3)
+    coarse = Image.fromarray(rng.integers(0, 256, (8, 10, 3), np.uint8))
+    coarse.resize((64, 48), Image.Resampling.BILINEAR).save(tmp_path / "a.png")
+    mean, std = [100.0, 120.0, 140.0], [40.0, 50.0, 60.0]
+    model = build_unet(48, 64, channels=3, filters=4)
+    save_unet(model, tmp_path / "rgb.weights.h5", mean, std)
+    pixels = np.asarray(Image.open(tmp_path / "a.png")).astype(np.float32)
+    probability = model.predict((pixels[None] - np.float32(mean)) / np.float32(std), verbose=0)[0, ..., 0]
+    threshold = np.median(probability)
+    options = "--threshold", threshold, "--uncertainty", "--passes", "2", "--tta", "--largest", "--overlay"
+    weights = "--weights", tmp_path / "rgb.weights.h5"
+    assert run_main(monkeypatch, tmp_path / "a.png", *weights, "--out", tmp_path / "plain", *options[:2]) == 0
+    mask = np.asarray(Image.open(tmp_path / "plain/a_segmentation.png")) > 0
+    assert np.mean(mask != (probability > threshold)) < 0.01
+    assert run_main(monkeypatch, tmp_path / "a.png", *weights, "--out", tmp_path / "all", *options) == 0
+    assert len(list((tmp_path / "all").rglob("*.png"))) == 3

@@ -12,7 +12,7 @@ from conftest import ROOT, blobs, write_blobs
 import train
 import unet
 from data import Dataset, split
-from unet import load_unet, mc_dropout
+from unet import augmentation, load_unet, mc_dropout, training_batches
 from utils import UserError, derived_seed, read_csv, segmentation_metrics
 
 TINY = "--filters 8 --initial 16 --pool 30 --test 10 --initial-epochs 15 --active-epochs 2 --batch-size 4 --passes 3"
@@ -89,7 +89,7 @@ def test_a_run_holds_what_another_program_needs(a_run, dataset):
         "history.csv",
         *(f"iteration_0{k}" for k in range(4)),
     ]
-    assert sorted(p.name for p in (run / "iteration_00").iterdir()) == ["history.csv", "model.weights.h5"]
+    assert sorted(p.name for p in (run / "iteration_00").iterdir()) == ["history.csv", "model.weights.h5", "test.csv"]
     assert sorted(p.name for p in (run / "iteration_02").iterdir()) == [
         "examples.png",
         "history.csv",
@@ -97,6 +97,7 @@ def test_a_run_holds_what_another_program_needs(a_run, dataset):
         "queries.csv",
         "scores.csv",
         "scores.png",
+        "test.csv",
     ]
     config = json.loads((run / "config.json").read_text())
     assert (config["preset"], config["passes"], config["dropout"]) == ("paper", 3, 0.5)
@@ -210,6 +211,27 @@ def test_the_plain_sampler_gives_the_same_run(a_run, dataset, tmp_path, monkeypa
         assert [float(a[name]) for name in train.METRICS] == pytest.approx([float(b[name]) for name in train.METRICS])
 
 
+def test_uniform_queries_need_no_scores_until_there_are_pseudo_labels(dataset, tmp_path, monkeypatch):
+    run = tmp_path / "r"
+    arguments = f"train.py --data {dataset.path} --run {run} --iterations 2 {TINY} {QUERIES} --query uniform"
+    monkeypatch.setattr("sys.argv", arguments.split())
+    train.main()
+    assert not (run / "iteration_01" / "scores.csv").exists()
+    assert {row["group"] for row in read_csv(run / "iteration_01" / "queries.csv")} == {"random"}
+    groups = [row["group"] for row in read_csv(run / "iteration_02" / "queries.csv")]
+    assert groups == ["random"] * 7 + ["pseudo"] * 4
+    assert len(read_csv(run / "iteration_02" / "scores.csv")) == 30 - 7
+    assert read_csv(run / "history.csv")[1]["seconds_scoring"] == "0.0"
+
+
+def test_the_test_images_metrics_are_written_one_by_one(a_run, dataset):
+    run, _ = a_run
+    rows, row = read_csv(run / "iteration_03" / "test.csv"), read_csv(run / "history.csv")[-1]
+    assert [r["id"] for r in rows] == dataset.ids[split(dataset, 16, 30, 10).test].tolist()
+    for name in train.METRICS:
+        assert float(row[name]) == pytest.approx(np.mean([float(r[name]) for r in rows]), abs=2e-6)
+
+
 def test_a_pool_that_runs_empty_ends_the_run(dataset, tmp_path, monkeypatch, capsys):
     arguments = f"train.py --data {dataset.path} --run {tmp_path / 'r'} --iterations 9 {TINY} {QUERIES}"
     monkeypatch.setattr("sys.argv", [*arguments.split(), "--random", "14"])
@@ -231,9 +253,11 @@ train.main()
 """
 
 
-def test_two_devices_do_what_one_does(dataset, tmp_path):
+@pytest.mark.parametrize("loss", ["dice", "dice_bce"])
+def test_two_devices_do_what_one_does(dataset, tmp_path, loss):
     """Odd numbers of images everywhere, so that the devices' shares differ in size."""
-    options = f"{TINY} {QUERIES} --pool 29 --initial 15 --iterations 1 --initial-epochs 3 --active-epochs 1".split()
+    options = f"{TINY} {QUERIES} --loss {loss} --pool 29 --initial 15 --iterations 1".split()
+    options += ["--initial-epochs", "3", "--active-epochs", "1"]
     for devices in "one", "all":
         arguments = ["--data", dataset.path, "--run", tmp_path / devices, "--devices", devices, *options]
         command = [sys.executable, "-c", TWO_DEVICES, *map(str, arguments)]
@@ -264,14 +288,13 @@ def batches_of(images, targets, batch_size, augment=None):
         batch = slice(number * batch_size, (number + 1) * batch_size)
         return images[batch], targets[batch]
 
-    return train.training_batches(read, 0, -(-len(images) // batch_size), augment)
+    return training_batches(read, 0, -(-len(images) // batch_size), augment)
 
 
 def test_image_and_mask_are_moved_together():
     """An image that is its own mask still is after every movement."""
     _, masks = blobs(32, 48, 64)
-    config = train.Config(rotation=40, width_shift=0.2)
-    batches = batches_of(masks, masks, 8, train.augmentation(config, seed=1))
+    batches = batches_of(masks, masks, 8, augmentation(40, 0.2, seed=1))
     moved, areas = 0, []
     for images, targets in batches:
         images, targets = images.numpy(), targets.numpy()
@@ -288,8 +311,8 @@ def test_augmentation_reaches_as_far_as_it_says_and_no_further():
     bar = np.zeros((400, 65, 65, 1), np.float32)
     bar[:, 12:53, 32] = 1
 
-    def centre(config, seed=2):
-        batches = batches_of(bar, bar, 400, train.augmentation(config, seed))
+    def centre(rotation, width_shift):
+        batches = batches_of(bar, bar, 400, augmentation(rotation, width_shift, seed=2))
         ((images, _),) = [(i.numpy()[..., 0], t) for i, t in batches]
         y, x = np.mgrid[:65, :65]
         weight = images / images.sum((1, 2), keepdims=True)
@@ -298,9 +321,9 @@ def test_augmentation_reaches_as_far_as_it_says_and_no_further():
         spread = (weight * (y - mean_y[:, None, None]) ** 2).sum((1, 2))
         return mean_x - 32, np.degrees(np.arctan(covariance / spread))
 
-    shift, _ = centre(train.Config(rotation=0, width_shift=0.2))
+    shift, _ = centre(0, 0.2)
     assert 12 < np.abs(shift).max() <= 13.1
-    shift, angle = centre(train.Config(rotation=40, width_shift=0))
+    shift, angle = centre(40, 0)
     assert np.abs(shift).max() < 0.6
     assert 35 < np.abs(angle).max() <= 40.5
     assert (angle > 5).any()
@@ -310,8 +333,7 @@ def test_augmentation_reaches_as_far_as_it_says_and_no_further():
 def test_half_of_the_images_are_mirrored():
     images = np.zeros((400, 16, 16, 1), np.float32)
     images[:, 4:12, 2:5] = 1
-    config = train.Config(rotation=0, width_shift=0)
-    ((moved, _),) = batches_of(images, images, 400, train.augmentation(config, 3))
+    ((moved, _),) = batches_of(images, images, 400, augmentation(0, 0, seed=3))
     mirrored = (moved.numpy()[:, ::1, ::-1] == images).all((1, 2, 3))
     assert 150 < mirrored.sum() < 250
     assert ((moved.numpy() == images).all((1, 2, 3)) | mirrored).all()
@@ -344,6 +366,32 @@ def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(trainer):
     assert sizes == [3, 3, 4, 3, 4] * 2
     assert sorted(epochs[0]) == sorted(epochs[1]) == positions.tolist()
     assert epochs[0] != epochs[1]
+
+
+def test_steps_take_the_place_of_epochs_where_they_are_given(trainer):
+    positions, labels = np.arange(10), list(trainer.dataset.masks(np.arange(10)))
+    assert [trainer.steps(positions, k) for k in (0, 1)] == [(3, 6), (3, 6)]
+    trainer.config.initial_steps, trainer.config.active_steps = 7, 5
+    assert [len(list(trainer.batches(positions, labels, k))) for k in (0, 1)] == [7, 5]
+
+
+@pytest.mark.parametrize(("augment", "same"), [("initial", True), ("all", False)])
+def test_active_training_is_augmented_only_if_asked(trainer, augment, same):
+    trainer.config.augment = augment
+    positions, labels = np.arange(3), list(trainer.dataset.masks(np.arange(3)))
+    images, _ = next(iter(trainer.batches(positions, labels, 1)))
+    plain = trainer.images(positions)
+    assert all(any((image == other).all() for other in plain) for image in images.numpy()) == same
+
+
+def test_the_learning_rate_follows_the_schedule(trainer, monkeypatch):
+    trainer.config.schedule, rates = "cosine", []
+    monkeypatch.setattr(trainer, "step", lambda *_: rates.append(float(trainer.model.optimizer.learning_rate)))
+    trainer.config.active_steps = 100
+    trainer.fit(np.arange(8), list(trainer.dataset.masks(np.arange(8))), 1)
+    assert max(rates) == pytest.approx(1e-5, rel=0.02)
+    assert rates[0] < 1e-6
+    assert rates[-1] < 1e-8
 
 
 def test_batches_are_the_same_wherever_training_goes_on(trainer):

@@ -7,7 +7,17 @@ import tensorflow as tf
 from conftest import blobs
 
 import unet
-from unet import _image_seeds, build_unet, dice_coefficient, dice_loss, keras, load_unet, mc_dropout, save_unet
+from unet import (
+    _image_seeds,
+    build_unet,
+    dice_coefficient,
+    dice_loss,
+    keras,
+    learning_rate,
+    load_unet,
+    mc_dropout,
+    save_unet,
+)
 from utils import UserError
 
 
@@ -109,6 +119,43 @@ def test_mean_and_variance_are_those_of_the_plain_loop_over_passes(network, imag
     np.testing.assert_allclose(mean, np.mean(passes, 0), atol=1e-5)
     np.testing.assert_allclose(variance, np.var(passes, 0), atol=1e-5)
     assert variance.max() > 1e-3
+
+    def entropy(p):
+        return -p * np.log(p) - (1 - p) * np.log(1 - p)
+
+    _, total = mc_dropout(network, images, 6, seed=3, measure="entropy")
+    np.testing.assert_allclose(total, entropy(np.mean(passes, 0)), atol=1e-4)
+    _, information = mc_dropout(network, images, 6, seed=3, measure="bald")
+    expected = entropy(np.mean(passes, 0)) - entropy(np.array(passes)).mean(0)
+    np.testing.assert_allclose(information, expected, atol=1e-4)
+    assert information.max() > 1e-3
+    assert information.min() >= 0
+
+
+def test_the_combined_loss_adds_the_mean_cross_entropy():
+    truth = np.array([[[1.0]], [[0.0]], [[0.3]]], np.float32)[..., None]
+    prediction = np.array([[[0.8]], [[0.4]], [[0.5]]], np.float32)[..., None]
+    dice = (2 * (0.8 + 0.15) + 1) / (1.3 + 1.7 + 1)
+    entropy = -np.mean([np.log(0.8), np.log(0.6), np.log(0.5)])
+    assert float(unet.dice_bce_loss(truth, prediction)) == pytest.approx(entropy - dice, rel=1e-5)
+
+
+def test_entropy_and_bald_are_finite_where_the_network_is_certain():
+    model = build_unet(16, 16, filters=2)
+    model.get_layer("probability").bias.assign([1000.0])
+    for measure in "entropy", "bald":
+        mean, uncertainty = mc_dropout(model, np.zeros((1, 16, 16, 1)), 3, seed=1, measure=measure)
+        assert (mean == 1).all()
+        assert (uncertainty == 0).all()
+
+
+def test_the_cosine_schedule_warms_up_and_ends_at_nothing():
+    rates = [learning_rate("cosine", step / 1000) for step in range(1000)]
+    assert rates[0] < 0.05
+    assert rates[49] == pytest.approx(1, abs=0.03)
+    assert rates[500] == pytest.approx(0.5)
+    assert rates[-1] < 1e-5
+    assert {learning_rate("constant", step / 10) for step in range(10)} == {1.0}
 
 
 @pytest.fixture(params=["random", "trained"])

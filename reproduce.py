@@ -1,0 +1,529 @@
+"""The paper's experiment with its baselines over several seeds: tables, figures, and every number behind them.
+
+    python reproduce.py --preset quick --out results/quick --regimes scarce --arms ceal,random,full --seeds 5
+    python reproduce.py --preset quick --out results/quick --only ceal,3 --regimes scarce    # one run: for a job array
+    python reproduce.py --preset quick --out results/quick --report            # from what is finished, without running
+
+All options of train.py may be given too, for all runs. Each run is one of train.py, in runs/OUT/, and goes on where it
+was if this is started again. What a finished one has found is kept in OUT/records/; the report rests on the records
+alone.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import bootstrap, spearmanr
+
+from train import read_config
+from utils import (
+    GROUPS,
+    UserError,
+    progress_bar,
+    read_csv,
+    run_command,
+    save_figure,
+    whole_file,
+    whole_folder,
+    write_csv,
+)
+
+NO_PSEUDO = {"pseudo_first": 0, "pseudo_step": 0}
+# What an arm changes of the preset, and how it is drawn.
+ARMS = {
+    "ceal": {},
+    "no_pseudo": NO_PSEUDO,
+    "no_distance": {"distance": "none"},
+    "uncertain_only": {"no_detection": 0, "random": 0},  # most_uncertain: all of them
+    "entropy": {"uncertainty": "entropy"},
+    "bald": {"uncertainty": "bald"},
+    "random": {"query": "uniform", **NO_PSEUDO},
+    "random_pseudo": {"query": "uniform"},
+    "full": {"iterations": 0},  # all labelled from the start
+}
+STYLES = dict(zip(ARMS, ["k-o", "k--s", "b-^", "b--v", "g-D", "g--P", "r-x", "r--+", "k:"]))
+REGIMES = "scarce", "paper"
+FAILURE = 0.788  # the Dice at a Jaccard of 0.65, below which the challenge counts a mask as failed
+
+
+# ------------------------------------------------------------------------------------------------------------ the runs
+
+
+class Run(NamedTuple):
+    regime: str
+    arm: str
+    seed: int
+
+    @property
+    def name(self):
+        # With all labelled from the start, the regimes do not differ.
+        return f"{self.arm}-{self.seed}" if self.arm == "full" else f"{self.regime}-{self.arm}-{self.seed}"
+
+
+def configure(run, base):
+    """The run's train.Config, changed from that of all runs.
+
+    All arms have the same test images, the same weights at first, the same optimizer steps; all but `full` the same
+    number of annotations. The scarce regime begins with a sixth of the labels.
+    """
+    asked, labelled = base.no_detection + base.most_uncertain + base.random, base.initial + base.pool
+    half_way = base.initial + base.iterations * asked // 2
+    initial_steps = base.initial_steps or base.initial_epochs * -(-base.initial // base.batch_size)
+    active_steps = base.active_steps or base.active_epochs * -(-half_way // base.batch_size)
+    initial = base.initial if run.regime == "paper" else base.initial // 6
+    changes = dict(ARMS[run.arm])
+    if run.arm == "full":
+        initial, initial_steps = labelled, initial_steps + base.iterations * active_steps
+    if run.arm == "uncertain_only":
+        changes["most_uncertain"] = asked
+    steps = {"initial_steps": initial_steps, "active_steps": active_steps}
+    return dataclasses.replace(base, seed=run.seed, initial=initial, pool=labelled - initial, **steps, **changes)
+
+
+def common_iterations(run, other, base):
+    """How many iterations two runs have in common, being the same up to there, bit for bit on a CPU."""
+    if "full" in (run.arm, other.arm) or run[::2] != other[::2] or run == other:
+        return 0
+    mine, theirs = (dataclasses.replace(configure(r, base), **NO_PSEUDO) for r in (run, other))
+    return base.pseudo_start if mine == theirs else 1
+
+
+def begin_from_another(run, folder, base, others):
+    """Make the run's folder with the iterations that it has in common with another run, if there is one."""
+    shared = [(common_iterations(run, other, base), other) for other in others]
+    for count, other in sorted(shared, reverse=True):
+        source = folder.with_name(other.name)
+        names = [f"iteration_{k:02d}" for k in range(count)]
+        if folder.exists() or not count or not all((source / name).is_dir() for name in names):
+            continue
+        config = dataclasses.replace(configure(run, base), run=str(folder))
+        with whole_folder(folder) as partial:
+            for name in names:
+                shutil.copytree(source / name, partial / name)
+            for file in [source / "environment.json", *source.glob("synthetic.h5")]:
+                shutil.copy(file, partial)
+            (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def start(run, folder, base, threads):
+    """A process of train.py that does this run, or goes on with it; its output goes to a log beside the folder."""
+    config = dataclasses.replace(configure(run, base), run=str(folder))
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(config).items()]
+    command = [sys.executable, os.path.relpath(Path(__file__).with_name("train.py")), *options]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "TF_NUM_INTRAOP_THREADS": str(threads), "TF_NUM_INTEROP_THREADS": str(threads)}
+    with open(f"{folder}.log", "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def run_all(runs, out, base, jobs):
+    """Do the runs that have no record yet, `jobs` at a time. Raises UserError at the end if some failed."""
+    waiting = [run for run in runs if not (out / "records" / run.name).exists()]
+    work, under_way, failed = Path("runs") / out.name, {}, []
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already; logs in {work}/", flush=True)
+    try:
+        with progress_bar() as progress:
+            task = progress.add_task("runs", total=len(waiting))
+            while waiting or under_way:
+                while waiting and len(under_way) < jobs:
+                    run = waiting.pop(0)
+                    begin_from_another(run, work / run.name, base, runs)
+                    under_way[run] = start(run, work / run.name, base, threads)
+                time.sleep(0.5)
+                for run in [run for run, process in under_way.items() if process.poll() is not None]:
+                    if under_way.pop(run).returncode:
+                        failed.append(f"{work / run.name}.log")
+                    else:
+                        keep_record(run, work / run.name, out)
+                        print_run(run, out)
+                    progress.advance(task)
+    finally:
+        for process in under_way.values():
+            process.terminate()
+        for process in under_way.values():
+            process.wait()
+    if failed:
+        raise UserError(f"{len(failed)} runs failed; the ends of these logs say why: {', '.join(failed)}")
+
+
+def print_run(run, out):
+    """One line a person can follow."""
+    last = read_csv(out / "records" / run.name / "history.csv")[-1]
+    print(f"{run.name}: {last['annotations']} annotations, Dice {float(last['dice']):.4f}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------- the records
+
+
+def keep_record(run, folder, out):
+    """Put what a finished run has found, without weights and pictures, into OUT/records/."""
+    iterations = sorted(folder.glob("iteration_??"))
+    with whole_folder(out / "records" / run.name) as record:
+        for name in "config.json", "environment.json", "history.csv":
+            shutil.copy(folder / name, record)
+        tests = [read_csv(iteration / "test.csv") for iteration in iterations]
+        rows = zip(*([round(float(row["dice"]), 4) for row in test] for test in tests))
+        header = ["id", *(iteration.name for iteration in iterations)]
+        write_csv(record / "test_dice.csv", header, ((row["id"], *dice) for row, dice in zip(tests[0], rows)))
+        scored = [iteration for iteration in iterations if (iteration / "scores.csv").exists()]
+        if scored:
+            pools = [read_pool(iteration) for iteration in scored]
+            edges = region_edges(pools[0]["score"])
+            rows = [{"iteration": int(i.name[-2:]), **rate_pool(pool, edges)} for i, pool in zip(scored, pools)]
+            write_csv(record / "pool.csv", rows[0], (row.values() for row in rows))
+        if scored and run.arm == "ceal" and run.seed == 1:  # for the paper's figures
+            for iteration in scored:
+                pictures = ["examples.png"] if iteration in (scored[0], scored[-1]) else []
+                for name in "scores.csv", "queries.csv", *pictures:
+                    shutil.copy(iteration / name, record / f"{iteration.name}_{name}")
+
+
+def read_pool(folder):
+    """scores.csv and queries.csv of an iteration: `score` and `dice`, float64 (n,), and `group`, str (n,), `` where an
+    image was not chosen."""
+    return join_pool(read_csv(folder / "scores.csv"), read_csv(folder / "queries.csv"))
+
+
+def join_pool(scores, queries):
+    """As `read_pool`, of rows that have been read."""
+    groups = {row["id"]: row["group"] for row in queries}
+    return {
+        "score": np.array([float(row["uncertainty"]) for row in scores]),
+        "dice": np.array([float(row["dice"]) for row in scores]),
+        "group": np.array([groups.get(row["id"], "") for row in scores]),
+    }
+
+
+def region_edges(scores):
+    """The two scores that part certain, uncertain and most uncertain images: those between which the published code
+    draws at random, the lower edges of bin (mode + 6) and of bin 47 of 80."""
+    counts, edges = np.histogram(scores, 80)
+    return tuple(sorted((edges[min(np.argmax(counts) + 6, 80)], edges[47])))
+
+
+def rate_pool(pool, edges):
+    """One iteration's pool: its size, the rank correlation of score and Dice, how many images lie in each of the
+    paper's four regions, and the mean Dice of the whole and of each group (empty if the group is)."""
+    low, high = edges
+    score, dice = pool["score"], pool["dice"]
+    certain, most = score < low, score >= high
+    of_group = {name: dice[pool["group"] == name] for name in GROUPS}
+    constant = np.ptp(score) == 0 or np.ptp(dice) == 0
+    return {
+        "pool": len(score),
+        "correlation": "" if constant else round(float(spearmanr(score, dice).statistic), 4),
+        "undetected": int((certain & (dice < FAILURE)).sum()),
+        "most_uncertain_region": int(most.sum()),
+        "certain_and_right": int((certain & (dice >= FAILURE)).sum()),
+        "uncertain_region": int((~certain & ~most).sum()),
+        "dice_pool": round(float(dice.mean()), 4),
+        **{f"dice_{name}": round(float(values.mean()), 4) if len(values) else "" for name, values in of_group.items()},
+    }
+
+
+def read_records(out):
+    """All records: a dict of (regime, arm) to a dict of seed to what a run has found; `full` is in both regimes."""
+    found = {}
+    for folder in sorted((out / "records").glob("*-*")):
+        *regime, arm, seed = folder.name.split("-")
+        history, test = read_csv(folder / "history.csv"), read_csv(folder / "test_dice.csv")
+        names = [name for name in test[0] if name != "id"]
+        record = {
+            "annotations": [int(row["annotations"]) for row in history],
+            "dice": [float(row["dice"]) for row in history],
+            "jaccard": [float(row["jaccard"]) for row in history],
+            "images": np.array([[float(row[name]) for name in names] for row in test]),  # (image, iteration)
+            "pool": read_csv(folder / "pool.csv") if (folder / "pool.csv").exists() else [],
+            "folder": folder,
+        }
+        for name in regime or REGIMES:
+            found.setdefault((name, arm), {})[int(seed)] = record
+    if not found:
+        raise UserError(f"{out}: no finished run in its records/; leave out --report to do the runs")
+    compared = {regime for regime, arm in found if arm != "full"} or set(REGIMES)
+    return {key: runs for key, runs in found.items() if key[0] in compared}
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def area(annotations, dice):
+    """Mean height of the curve of Dice, (..., K), against annotations, (K,)."""
+    return np.trapezoid(dice, annotations) / (annotations[-1] - annotations[0])
+
+
+def interval(differences):
+    """95 % bootstrap interval of the mean of (seed, image), seeds and images being drawn anew, each for itself."""
+    seeds, images = map(np.arange, differences.shape)
+
+    def mean(some_seeds, some_images):
+        return differences[np.ix_(some_seeds, some_images)].mean()
+
+    options = {"n_resamples": 4000, "method": "percentile", "vectorized": False}
+    found = bootstrap((seeds, images), mean, rng=np.random.default_rng(0), **options)
+    return tuple(map(float, found.confidence_interval))
+
+
+def against_random(runs, baseline, measure):
+    """Mean and 95 % interval of an arm's `measure`, record -> (image,), less that of `random`, over common seeds; None
+    if there are fewer than two."""
+    seeds = sorted(runs.keys() & baseline.keys())
+    if len(seeds) < 2:
+        return None
+    differences = np.stack([measure(runs[seed]) - measure(baseline[seed]) for seed in seeds])
+    return float(differences.mean()), *interval(differences)
+
+
+def last_dice(record):
+    """Each test image's Dice at the end."""
+    return record["images"][:, -1]
+
+
+def mean_dice(record):
+    """Each test image's Dice averaged along the curve; `area`."""
+    return area(record["annotations"], record["images"])
+
+
+def summarise(found):
+    """The table: a dict per regime and arm."""
+    rows = []
+    for (regime, arm), runs in sorted(
+        found.items(), key=lambda item: (REGIMES.index(item[0][0]), [*ARMS].index(item[0][1]))
+    ):
+        ends = np.array([run["dice"][-1] for run in runs.values()])
+        row = {
+            "regime": regime,
+            "arm": arm,
+            "seeds": len(runs),
+            "annotations": max(r["annotations"][-1] for r in runs.values()),
+        }
+        row |= {"dice": ends.mean(), "dice_sd": ends.std(ddof=1) if len(ends) > 1 else None}
+        row["jaccard"] = np.mean([run["jaccard"][-1] for run in runs.values()])
+        full, baseline = found.get((regime, "full"), {}), found.get((regime, "random"), {})
+        common = sorted(full.keys() & runs.keys())
+        reference = np.mean([full[seed]["dice"][-1] for seed in common]) if common else None
+        row["of_full"] = np.mean([runs[seed]["dice"][-1] for seed in common]) / reference if common else None
+        if arm != "full":
+            areas = np.array([area(run["annotations"], run["dice"]) for run in runs.values()])
+            row |= {"area": areas.mean(), "area_sd": areas.std(ddof=1) if len(areas) > 1 else None}
+            row |= {f"annotations_to_{share}": needed(runs, share / 100, reference) for share in (95, 99)}
+        if arm not in ("random", "full"):
+            row["dice_against_random"] = against_random(runs, baseline, last_dice)
+            row["area_against_random"] = against_random(runs, baseline, mean_dice)
+        rows.append(row)
+    return rows
+
+
+def mean_curve(runs):
+    """(annotations, mean Dice over the seeds), float (K,) each."""
+    return np.mean([run["annotations"] for run in runs.values()], 0), np.mean([run["dice"] for run in runs.values()], 0)
+
+
+def needed(runs, share, reference):
+    """The annotations with which the seeds' mean curve first reaches this share of `full`; None if it never does."""
+    annotations, dice = mean_curve(runs)
+    reached = annotations[dice >= share * reference] if reference else []
+    return int(reached[0]) if len(reached) else None
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def figure_curves(found, path):
+    """Dice against annotations of every arm, with the standard deviation over seeds, a panel per regime."""
+    regimes = [regime for regime in REGIMES if any(r == regime and arm != "full" for r, arm in found)]
+    figure = Figure(figsize=(6 * len(regimes), 4.5), layout="constrained")
+    for ax, regime in zip(figure.subplots(1, len(regimes), squeeze=False)[0], regimes):
+        for arm, style in STYLES.items():
+            runs = found.get((regime, arm))
+            if not runs:
+                continue
+            annotations, dice = mean_curve(runs)
+            spread = np.std([run["dice"] for run in runs.values()], 0)
+            if arm == "full":
+                ax.axhline(
+                    dice[-1], color="k", linestyle=":", label=f"full, {annotations[-1]:.0f} labels ({len(runs)})"
+                )
+            else:
+                ax.errorbar(annotations, dice, spread, fmt=style, markersize=4, capsize=2, label=f"{arm} ({len(runs)})")
+        ax.set(xlabel="annotations", ylabel="Dice on the test images", title=f"{regime} regime")
+        ax.legend(title="arm (seeds)", fontsize=8)
+        ax.grid(alpha=0.3)
+    save_figure(figure, path, vector=True)
+
+
+def figure_saved(found, path):
+    """How many annotations fewer than `random` each arm needs for the Dice that random has at the same point."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
+    for (regime, arm), runs in found.items():
+        baseline = found.get((regime, "random"), {})
+        seeds = runs.keys() & baseline.keys()
+        if arm in ("random", "full") or not seeds:
+            continue
+        annotations, dice = mean_curve({seed: runs[seed] for seed in seeds})
+        # The best so far: a curve that goes down again has been there already.
+        level = np.maximum.accumulate(mean_curve({seed: baseline[seed] for seed in seeds})[1])
+        own = np.interp(level, np.maximum.accumulate(dice), annotations, right=np.nan)
+        marker = {"scarce": "o", "paper": "s"}[regime]
+        ax.plot(annotations, annotations - own, STYLES[arm][:-1], marker=marker, label=f"{arm}, {regime}")
+    ax.axhline(0, color="0.6")
+    ax.set(xlabel="annotations of random", ylabel="annotations saved")
+    ax.legend(fontsize=8)
+    save_figure(figure, path, vector=True)
+
+
+def draw_regions(ax, pool, edges, title):
+    """The paper's Fig. 2 in one panel: score against Dice, the choices marked, the four regions."""
+    ax.scatter(pool["score"], pool["dice"], s=5, color="0.75")
+    for group, (label, color, marker) in GROUPS.items():
+        chosen = pool["group"] == group
+        style = {"s": 22, "color": color, "marker": marker, "edgecolors": "black", "linewidths": 0.4}
+        ax.scatter(pool["score"][chosen], pool["dice"][chosen], label=label, **style)
+    for edge in edges:
+        ax.axvline(edge, color="0.3", linewidth=0.7)
+    ax.plot([ax.get_xlim()[0], edges[0]], [FAILURE] * 2, color="0.3", linewidth=0.7)
+    ax.set(title=title, xlabel="uncertainty score", ylabel="Dice", ylim=(-0.03, 1.03))
+
+
+def figure_regions(record, path):
+    """The paper's Fig. 3: score against Dice after iterations 0, 4 and 5 and before the last one."""
+    files = sorted(record["folder"].glob("iteration_*_scores.csv"))
+    pools = {
+        int(file.name.split("_")[1]): join_pool(
+            *(read_csv(str(file).replace("scores", n)) for n in ("scores", "queries"))
+        )
+        for file in files
+    }
+    if not pools:
+        return
+    edges = region_edges(pools[min(pools)]["score"])
+    shown = [k for k in (1, 5, 6, max(pools)) if k in pools]
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    axes = figure.subplots(-(-len(shown) // 2), 2, sharey=True, squeeze=False).flat
+    for ax, k in zip(axes, shown):
+        draw_regions(ax, pools[k], edges, f"after iteration {k - 1}: {len(pools[k]['score'])} in the pool")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    save_figure(figure, path, vector=True)
+
+
+def figure_pool(found, path):
+    """Of the pool, iteration by iteration: the regions, the correlation of score and Dice, the groups' true quality."""
+    runs = next((found[key] for key in ((regime, "ceal") for regime in REGIMES) if key in found), None)
+    if runs is None or not any(run["pool"] for run in runs.values()):
+        return
+    tables = [run["pool"] for run in runs.values()]
+
+    def mean(name):
+        columns = [[float(row[name] or "nan") for row in table] for table in tables]
+        return np.ma.masked_invalid(columns).mean(0).filled(np.nan)  # without a warning where a group is empty
+
+    iterations = [int(row["iteration"]) for row in tables[0]]
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    regions, correlation, quality = figure.subplots(1, 3)
+    names = "certain_and_right", "uncertain_region", "most_uncertain_region", "undetected"
+    grey = ["0.9", "0.65", "0.4", "0.1"]
+    regions.stackplot(iterations, *map(mean, names), colors=grey, labels=[name.replace("_", " ") for name in names])
+    regions.set(title="images of the pool in each region", xlabel="iteration")
+    for ax in figure.axes:
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    regions.legend(fontsize=8, loc="lower left")
+    correlation.plot(iterations, mean("correlation"), "k-o", markersize=4)
+    correlation.set(title="rank correlation of score and Dice", xlabel="iteration")
+    quality.plot(iterations, mean("dice_pool"), "k-", label="whole pool")
+    with np.errstate(invalid="ignore"):
+        for group, (label, color, marker) in GROUPS.items():
+            quality.plot(
+                iterations, mean(f"dice_{group}"), color=color, marker=marker, markeredgecolor="k", label=label
+            )
+    quality.set(title="true Dice of what each group holds", xlabel="iteration", ylim=(0, 1))
+    quality.legend(fontsize=8)
+    save_figure(figure, path, vector=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+def as_text(value):
+    """A cell of table.md."""
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        mean, low, high = value
+        return f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def report(out):
+    """table.csv, table.md, results.json and the figures, from all records."""
+    found = read_records(out)
+    rows = summarise(found)
+    header = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[as_text(row.get(name)) for name in header] for row in rows]
+    write_csv(out / "table.csv", header, cells)
+    lines = [header, ["---"] * len(header), *cells]
+    with whole_file(out / "table.md") as partial:
+        partial.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines).replace("_", " "))
+    keys = "annotations", "dice", "jaccard", "pool"
+    runs = {}
+    for (regime, arm), seeds in found.items():
+        runs.setdefault(regime, {})[arm] = {seed: {key: run[key] for key in keys} for seed, run in seeds.items()}
+    with whole_file(out / "results.json") as partial:
+        partial.write_text(json.dumps({"table": rows, "runs": runs}, indent=1) + "\n")
+    figures = out / "figures"
+    figure_curves(found, figures / "dice.png")
+    figure_saved(found, figures / "saved.png")
+    figure_pool(found, figures / "pool.png")
+    for regime in REGIMES:
+        if 1 in found.get((regime, "ceal"), {}):
+            figure_regions(found[regime, "ceal"][1], figures / f"regions_{regime}.png")
+    print((out / "table.md").read_text())
+    print(f"{out}/table.md, table.csv, results.json and figures/ hold the report")
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="records, tables and figures")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to so many (default 5)")
+    parser.add_argument("--regimes", default=",".join(REGIMES), help="which (default all: %(default)s)")
+    parser.add_argument("--arms", default=",".join(ARMS), help="which (default all: %(default)s)")
+    parser.add_argument("--only", metavar="ARM,SEED", help="this run alone, in each of --regimes; no report")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, each on its share of the cores (default 1)"
+    )
+    parser.add_argument("--report", action="store_true", help="do no runs, report what is finished")
+    args, rest = parser.parse_known_args()
+    base, regimes = read_config(rest), args.regimes.split(",")
+    arms, seeds = args.arms.split(","), range(1, args.seeds + 1)
+    if args.only:
+        arm, _, seed = args.only.partition(",")
+        arms, seeds = [arm], [int(seed)] if seed.isdecimal() else []
+    for option, given, known in ("--arms", arms, ARMS), ("--regimes", regimes, REGIMES):
+        if unknown := sorted(set(given) - set(known)):
+            raise UserError(f"{option} {unknown[0]}: not one of {', '.join(known)}")
+    if not seeds or args.jobs < 1:
+        raise UserError("--seeds and --jobs must be at least 1; --only takes ARM,SEED, for instance ceal,3")
+    if not args.report:
+        runs = [Run(regime, arm, seed) for regime in regimes for arm in arms for seed in seeds]
+        run_all(list({run.name: run for run in runs}.values()), args.out, base, args.jobs)
+    if not args.only:
+        report(args.out)
+
+
+if __name__ == "__main__":
+    run_command(main)

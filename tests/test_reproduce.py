@@ -1,0 +1,217 @@
+"""reproduce.py: what each arm changes, the statistics by hand, and the whole of it on a few images."""
+
+import json
+import sys
+
+import h5py
+import numpy as np
+import pytest
+from conftest import write_blobs
+from scipy.stats import norm
+
+import reproduce
+from reproduce import Run, configure
+from train import read_config
+from utils import UserError, read_csv
+
+PAPER = read_config([])
+RUNS = [Run(regime, arm, 1) for regime in reproduce.REGIMES for arm in reproduce.ARMS]
+
+
+# ---------------------------------------------------------------------------------------------------------- the arms
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.regime}-{run.arm}")
+def test_every_arm_trains_as_long_on_as_many_annotations(run):
+    config = configure(run, PAPER)
+    steps = config.initial_steps + config.iterations * config.active_steps
+    assert steps == 10 * 19 + 9 * 2 * 24  # 600 and 757 images in batches of 32
+    assert config.initial + config.pool == 1600
+    asked = config.no_detection + config.most_uncertain + config.random
+    annotations = config.initial + config.iterations * asked
+    assert annotations == (1600 if run.arm == "full" else {"scarce": 415, "paper": 915}[run.regime])
+    assert (config.seed, config.test, config.split_seed) == (1, 400, PAPER.split_seed)
+
+
+def test_every_arm_is_what_its_name_says():
+    config = {arm: configure(Run("scarce", arm, 1), PAPER) for arm in reproduce.ARMS}
+    pseudo = {arm: (c.pseudo_first, c.pseudo_step) for arm, c in config.items()}
+    assert {arm for arm, counts in pseudo.items() if counts == (0, 0)} == {"no_pseudo", "random"}
+    assert {arm for arm, c in config.items() if c.query == "uniform"} == {"random", "random_pseudo"}
+    assert {arm: c.uncertainty for arm, c in config.items() if c.uncertainty != "variance"} == {
+        "entropy": "entropy",
+        "bald": "bald",
+    }
+    assert {arm for arm, c in config.items() if c.distance == "none"} == {"no_distance"}
+    assert config["uncertain_only"].most_uncertain == 35
+    assert config["ceal"].most_uncertain == 10
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        ("ceal", "no_pseudo", 5),
+        ("random", "random_pseudo", 5),
+        ("ceal", "random", 1),
+        ("bald", "entropy", 1),
+        ("ceal", "full", 0),
+        ("ceal", "ceal", 0),
+    ],
+)
+def test_arms_share_the_iterations_in_which_they_do_not_differ(one, other, shared):
+    runs = Run("scarce", one, 1), Run("scarce", other, 1)
+    assert reproduce.common_iterations(*runs, PAPER) == reproduce.common_iterations(*runs[::-1], PAPER) == shared
+    assert reproduce.common_iterations(runs[0], Run("scarce", other, 2), PAPER) == 0
+    assert reproduce.common_iterations(runs[0], Run("paper", other, 1), PAPER) == 0
+
+
+# -------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_the_interval_covers_seeds_and_images():
+    """Of independent seeds and images the mean's variance is that of both means added; the interval is normal."""
+    rng = np.random.default_rng(0)
+    seeds, images = rng.normal(0, 0.3, 30), rng.normal(0, 1, 300)
+    values = 0.1 + seeds[:, None] + images
+    low, high = reproduce.interval(values)
+    half = norm.ppf(0.975) * np.sqrt(seeds.var() / 30 + images.var() / 300)
+    assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.01)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.08)
+
+
+def test_the_area_is_the_curves_mean_height():
+    # From 100 to 200 at 0.75 on average, from 200 to 400 at 0.9: (100 * 0.75 + 200 * 0.9) / 300.
+    assert reproduce.area([100, 200, 400], [0.7, 0.8, 1.0]) == pytest.approx(0.85)
+    assert reproduce.area([100, 200], np.array([[0, 1], [0.2, 0.4]])).tolist() == pytest.approx([0.5, 0.3])
+
+
+def test_annotations_needed_are_where_the_mean_curve_first_gets_there():
+    runs = {seed: {"annotations": [10, 20, 30], "dice": [0.5, dice, 0.9]} for seed, dice in ((1, 0.7), (2, 0.9))}
+    assert reproduce.needed(runs, 0.95, 0.84) == 20  # 0.8 is more than 0.798
+    assert reproduce.needed(runs, 0.99, 0.84) == 30
+    assert reproduce.needed(runs, 0.99, 1.0) is None
+    assert reproduce.needed(runs, 0.95, None) is None
+
+
+def test_the_regions_are_counted_as_the_paper_draws_them():
+    # 80 bins from 0 to 80; the fullest is the first: certain below 6, most uncertain from 47 on.
+    score = np.array([0, 0.1, 0.2, 0.3, 5.9, 6.1, 46, 47.5, 80])
+    dice = np.array([0.9, 0.9, 0, 0.1, 0.79, 0.2, 0.9, 0.9, 0.1])
+    group = np.array(["pseudo", "", "no_detection", "", "", "random", "", "", "most_uncertain"])
+    found = reproduce.rate_pool({"score": score, "dice": dice, "group": group}, reproduce.region_edges(score))
+    assert (found["certain_and_right"], found["undetected"]) == (3, 2)
+    assert (found["uncertain_region"], found["most_uncertain_region"]) == (2, 2)
+    assert (found["dice_pseudo"], found["dice_no_detection"], found["dice_random"]) == (0.9, 0.0, 0.2)
+    assert found["dice_pool"] == pytest.approx(dice.mean(), abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- the whole of it
+
+TINY = """--filters 2 --initial 12 --pool 40 --test 6 --initial-steps 4 --active-steps 3 --batch-size 4 --passes 2
+--iterations 2 --no-detection 1 --most-uncertain 1 --random 2 --pseudo-start 2 --pseudo-first 2 --pseudo-step 2"""
+
+
+def start(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, arguments)])
+    reproduce.main()
+
+
+@pytest.fixture(scope="module")
+def reproduction(tmp_path_factory):
+    """Three arms, two of which share iterations, and two seeds; returns the folder in which it was run."""
+    folder = tmp_path_factory.mktemp("reproduction")
+    data = write_blobs(folder / "blobs.h5", 60, 32, 32)
+    arguments = ["--out", "res", "--seeds", 2, "--regimes", "scarce", "--arms", "no_pseudo,ceal,random", "--jobs", 2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        start(patch, *arguments, "--data", data.name, *TINY.split())
+    return folder
+
+
+def test_a_table_figures_and_every_number(reproduction):
+    out = reproduction / "res"
+    rows = read_csv(out / "table.csv")
+    assert [(row["arm"], row["seeds"], row["annotations"]) for row in rows] == [
+        ("ceal", "2", "10"),
+        ("no_pseudo", "2", "10"),
+        ("random", "2", "10"),
+    ]
+    results = json.loads((out / "results.json").read_text())
+    histories = [read_csv(out / "records" / f"scarce-ceal-{seed}" / "history.csv") for seed in (1, 2)]
+    ends = [float(history[-1]["dice"]) for history in histories]
+    assert results["table"][0]["dice"] == pytest.approx(np.mean(ends))
+    assert results["table"][0]["dice_sd"] == pytest.approx(np.std(ends, ddof=1))
+    assert results["runs"]["scarce"]["ceal"]["1"]["dice"] == [float(row["dice"]) for row in histories[0]]
+    mean, low, high = results["table"][0]["dice_against_random"]
+    assert low <= mean <= high
+    names = {path.name for path in (out / "figures").iterdir()}
+    assert {
+        f"{name}.{kind}" for name in ("dice", "saved", "pool", "regions_scarce") for kind in ("png", "pdf")
+    } == names
+
+
+def test_a_record_holds_each_test_images_dice_and_no_weights(reproduction):
+    for record in (reproduction / "res" / "records").iterdir():
+        assert not list(record.glob("*.h5"))
+        test, history = read_csv(record / "test_dice.csv"), read_csv(record / "history.csv")
+        assert len(test) == 6
+        for k, row in enumerate(history):
+            mean = np.mean([float(image[f"iteration_{k:02d}"]) for image in test])
+            assert mean == pytest.approx(float(row["dice"]), abs=1e-4)
+
+
+def test_an_arm_that_begins_with_anothers_iterations_is_the_same_as_one_that_does_not(reproduction, monkeypatch):
+    """The later arm, done alone."""
+    monkeypatch.chdir(reproduction)
+    config = json.loads((reproduction / "runs/res/scarce-ceal-1/config.json").read_text())
+    assert (config["pseudo_first"], config["run"]) == (2, "runs/res/scarce-ceal-1")
+    start(monkeypatch, "--out", "alone", "--regimes", "scarce", "--only", "ceal,1", "--data", "blobs.h5", *TINY.split())
+    weights = []
+    for out in "res", "alone":
+        folder = reproduction / "runs" / out / "scarce-ceal-1" / "iteration_02"
+        with h5py.File(folder / "model.weights.h5") as file:
+            weights.append(file["layers/conv2d_3/vars/0"][()])
+        weights.append((folder / "queries.csv").read_text())
+    np.testing.assert_array_equal(weights[0], weights[2])
+    assert weights[1] == weights[3]
+    assert not (reproduction / "alone" / "table.csv").exists()
+
+
+def test_what_is_done_is_not_done_again(reproduction, monkeypatch, capsys):
+    monkeypatch.chdir(reproduction)
+    monkeypatch.setattr(reproduce, "start", lambda *_: pytest.fail("a run was started"))
+    arguments = ["--out", "res", "--seeds", 2, "--regimes", "scarce", "--arms", "ceal,random"]
+    start(monkeypatch, *arguments, *TINY.split())
+    assert "4 of 4 runs are done already" in capsys.readouterr().out
+    before = (reproduction / "res" / "table.csv").read_bytes()
+    start(monkeypatch, "--out", "res", "--report")
+    assert (reproduction / "res" / "table.csv").read_bytes() == before
+
+
+def test_a_run_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"1 runs failed.*runs/res/scarce-ceal-1\.log"):
+        start(monkeypatch, "--out", "res", "--regimes", "scarce", "--only", "ceal,1", "--data", "nowhere.h5")
+    assert "nowhere.h5 is not there" in (tmp_path / "runs/res/scarce-ceal-1.log").read_text()
+    assert not (tmp_path / "res").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--arms ceal,cael",
+        "--regimes scarc",
+        "--only cael,1",
+        "--only ceal,one",
+        "--only ceal",
+        "--seeds 0",
+        "--jobs 0",
+        "--report",
+        "--passes 0",
+    ],
+)
+def test_wrong_options_are_refused_by_name(wrong, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"cael|scarc:|--only|--seeds|--report|--passes 0"):
+        start(monkeypatch, "--out", "res", *wrong.split())
+    assert list(tmp_path.iterdir()) == []
