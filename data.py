@@ -144,18 +144,17 @@ def _list_files(folder):
 
 @contextlib.contextmanager
 def open_picture(path, file=None):
-    """A picture as Pillow opens it, for a block that decodes it; of several pages or frames the first. file: what to
-    read if it is not `path` itself, a file object.
+    """A picture as Pillow opens it, for a block that decodes it; of several pages or frames the first.
 
-    Raises UserError if the file is missing, is none (a folder, a pipe), claims more than 178 megapixels, or is damaged,
-    which may show in the block only."""
+    Raises UserError if the file is missing, is none (a folder, a pipe), claims more than 178 megapixels, is no picture,
+    or is damaged, which may show in the block only. file: what to read if it is not `path` itself, a file object."""
     try:
         if not file and not os.path.isfile(path):  # the system's pipes and devices may never end
             raise UserError(f"{path}: there is no such file" + " but a folder or a pipe" * os.path.exists(path))
         with Image.open(file or path, formats=FORMATS) as picture:
             yield picture
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not a readable picture, or of an unknown kind; get it again, or save it as PNG")
+        raise UserError(f"{path}: not a readable picture, or of an unknown kind; get it again, or export it as PNG")
     except UNREADABLE as error:
         raise UserError(f"{path}: not a readable picture ({error}); get or export it again")
 
@@ -464,9 +463,8 @@ class Dataset:
             raise self._damaged(f"{count} ids, images {images.shape}, masks {masks.shape}")
         if {images.dtype, masks.dtype} != {np.dtype("uint8")} or self.channels not in (1, 3):
             raise self._damaged(f"images {images.dtype}, masks {masks.dtype}, {self.channels} channels")
-        lengths = [len(values) for values in (self.part, self.files, self.original_sizes, self.has_mask)]
-        if set(lengths) != {count}:
-            raise self._damaged(f"{count} ids, and parts, files, sizes and masks of {lengths}")
+        if {len(part) for part in (self.part, self.files, self.original_sizes, self.has_mask)} != {count}:
+            raise self._damaged(f"{count} ids, but not as many parts, files, sizes and marks of a mask")
 
     def __enter__(self):
         return self

@@ -98,6 +98,7 @@ def spoil_data(folder, content):
         "short": instead("ids", data=["A"] * 11, dtype=h5py.string_dtype()),
         "numbers": instead("ids", data=np.arange(12)),
         "parts": instead("part", data=["train"] * 3, dtype=h5py.string_dtype()),
+        "marks": instead("has_mask", data=[True] * 3),
         "flat": instead("images", shape=(12, 48 * 64), dtype="u1"),
         "small_masks": instead("masks", shape=(12, 24, 64), dtype="u1"),
         "float": instead("images", shape=(12, *SIZE), dtype="f4"),
@@ -151,6 +152,7 @@ BAD_DATA = (
     "short",
     "numbers",
     "parts",
+    "marks",
     "flat",
     "small_masks",
     "float",
@@ -163,7 +165,7 @@ CASES = [
     *(f"{TRAIN} --dropout {value}" for value in (0, 1, 2)),
     *(f"{TRAIN} {option}" for option in ("--learning-rate 0", "--rotation 181", "--width-shift 1.5")),
     *(f"{TRAIN} {option}" for option in ("--filters 20000", "--filters 2000000000", "--no-such-option 1", "--run")),
-    *(f"{TRAIN} {option}" for option in ("--wait", "--partial", "--oracle folder --wait --partial")),
+    *(f"{TRAIN} {option}" for option in ("--wait", "--partial", "--oracle human", "--oracle folder --wait --partial")),
     # combinations that make no sense
     f"{TRAIN} --pool 2",
     f"{TRAIN} --no-detection 0 --most-uncertain 0 --random 0",
@@ -195,11 +197,6 @@ CASES = [
         for command in ("isic of_one", "synthetic")
         for value in (0, 2, "grey")
     ),
-    # predict.py as an instrument
-    *(f"{PREDICT} --threshold {value}" for value in ("0", "1", "-0.5", "1.5", "nan", "half")),
-    *(f"{PREDICT} --weights {name}.weights.h5" for name in ("threshold", "no_number")),
-    *(f"{PREDICT} --truth {name}" for name in ("nowhere", "good.png", "folder", "masks", *TRUTHS)),
-    f"{PREDICT} --truth folder --tta yes",
     *(f"data synthetic x.h5 --images {value}" for value in (0, -1, "1e3", "x", 10**9, 10**400)),
     *(f"data synthetic x.h5 --seed {value}" for value in (-1, 1.5, "x")),
     *(f"data synthetic {name}" for name in ("good.h5", "folder", "good.png/x.h5", "folder --force", LONG)),
@@ -213,6 +210,11 @@ CASES = [
     *(f"bench --data {name}" for name in ("nowhere.h5", "good.png", "good.h5", "bad_short.h5")),
     *(f"bench --data good.h5 --weights {name}.weights.h5" for name in ("nowhere", "empty", "nan")),
     *(f"bench --json {name}" for name in ("folder", "good.png/x.json")),
+    # predict.py as an instrument
+    *(f"{PREDICT} --threshold {value}" for value in ("0", "1", "-0.5", "1.5", "nan", "half")),
+    *(f"{PREDICT} --weights {name}.weights.h5" for name in ("threshold", "no_number")),
+    *(f"{PREDICT} --truth {name}" for name in ("nowhere", "good.png", "folder", "masks", *TRUTHS)),
+    f"{PREDICT} --truth folder --tta yes",
 ]
 # What the sentence names, where it is not the last word.
 NAMED = {
@@ -226,7 +228,6 @@ NAMED = {
     "predict good.png of_one --out masks --weights good.weights.h5": "good.jpg",
     "predict --weights good.weights.h5 --out masks": "INPUT",
     "bench --weights good.weights.h5": "--weights",
-    f"{PREDICT} --truth folder --tta yes": "yes",
     "bench --quick 3": "3",
     "bench --json good.png/x.json": "good.png",
     "data": "COMMAND",
@@ -239,6 +240,7 @@ NAMED = {
     **{f"data isic {name} x.h5": name.strip("'") for name in ("nowhere", "good.png", "folder", "of_one", "pipe.h5")},
     **{f"data show {name}.h5 x.png": f"{name}.h5" for name in ("nowhere", "truncated", "pipe", "bad_short")},
     "data isic '' x.h5": "ISIC-2017_Training_Data",
+    f"{PREDICT} --truth folder --tta yes": "yes",
 }
 
 

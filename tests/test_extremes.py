@@ -125,7 +125,7 @@ def not_finite(truth, prediction):
 
 
 def test_a_training_that_breaks_down_says_so_and_writes_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "dice_loss", not_finite)
+    monkeypatch.setitem(train.LOSSES, "dice", not_finite)
     with pytest.raises(UserError, match="--learning-rate 1e-05: the training broke down"):
         run()
     assert not list((tmp_path / "r").glob("*iteration*"))

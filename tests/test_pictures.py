@@ -110,6 +110,8 @@ MASKS = {
     "palette.png": lambda path: Image.fromarray(255 * LESION.astype(np.uint8)).convert("P").save(path),
     "color.png": lambda path: Image.fromarray(255 * LESION.astype(np.uint8)).convert("RGB").save(path),
     "alpha.png": lambda path: Image.fromarray(255 * LESION.astype(np.uint8)).convert("LA").save(path),
+    "16_bits.png": lambda path: Image.fromarray(65535 * LESION.astype(np.uint16)).save(path),
+    "16_bits_of_0_and_1.png": lambda path: Image.fromarray(LESION.astype(np.uint16)).save(path),
     "turned.png": lambda path: (
         Image.fromarray(LESION).transpose(Image.Transpose.ROTATE_90).save(path, exif=orientation(6))
     ),
