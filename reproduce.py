@@ -518,6 +518,10 @@ def main():
             raise UserError(f"{option} {unknown[0]}: not one of {', '.join(known)}")
     if not seeds or args.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1; --only takes ARM,SEED, for instance ceal,3")
+    if not base.test or base.oracle != "simulated":
+        raise UserError(
+            "--test 0 and --oracle folder: arms are compared on test images, and nobody is asked; leave them out"
+        )
     if not args.report:
         runs = [Run(regime, arm, seed) for regime in regimes for arm in arms for seed in seeds]
         run_all(list({run.name: run for run in runs}.values()), args.out, base, args.jobs)

@@ -208,10 +208,12 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
         "--jobs 0",
         "--report",
         "--passes 0",
+        "--test 0",
+        "--oracle folder",
     ],
 )
 def test_wrong_options_are_refused_by_name(wrong, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"cael|scarc:|--only|--seeds|--report|--passes 0"):
+    with pytest.raises(UserError, match=r"cael|scarc:|--only|--seeds|--report|--passes 0|--test 0"):
         start(monkeypatch, "--out", "res", *wrong.split())
     assert list(tmp_path.iterdir()) == []
