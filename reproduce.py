@@ -25,6 +25,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap, spearmanr
 
+import ceal
 from train import read_config
 from utils import (
     GROUPS,
@@ -209,8 +210,8 @@ def join_pool(scores, queries):
 def region_edges(scores):
     """The two scores that part certain, uncertain and most uncertain images: those between which the published code
     draws at random, the lower edges of bin (mode + 6) and of bin 47 of 80."""
-    counts, edges = np.histogram(scores, 80)
-    return tuple(sorted((edges[min(np.argmax(counts) + 6, 80)], edges[47])))
+    counts, edges = np.histogram(scores, ceal.BINS)
+    return tuple(sorted((edges[min(np.argmax(counts) + ceal.RANDOM_FROM, ceal.BINS)], edges[ceal.RANDOM_TO])))
 
 
 def rate_pool(pool, edges):

@@ -324,7 +324,8 @@ def _sampler(model, dtype, measure):
             # Welford's update: the passes need not be kept, and a small variance does not cancel away.
             difference = prediction - mean
             mean += difference / tf.cast(number + 1, tf.float32)
-            total += difference * (prediction - mean) if measure == "variance" else _entropy(prediction)
+            if measure != "entropy":  # which rests on the mean alone
+                total += difference * (prediction - mean) if measure == "variance" else _entropy(prediction)
         of_passes = total / tf.cast(passes, tf.float32)
         return mean, {
             "variance": of_passes,
