@@ -576,7 +576,8 @@ def read_rejections(path, asked):
         return {}, [f"{path}: its first line lacks the columns id and answer; put them back"]
     rejections, wrong = {}, []
     for row in rows:
-        id, answer = row[id_column], ", ".join(filter(None, row[column:]))  # a reason may have a comma
+        row += [""] * (len(header) - len(row))  # a spreadsheet program may leave out empty cells
+        id, answer = row[id_column], ", ".join(filter(None, [row[column], *row[len(header) :]]))  # it may have a comma
         match = re.fullmatch("reject(?:ed)?[ :]*(.*)", answer, re.IGNORECASE | re.DOTALL)
         if match and id in asked:
             rejections[id] = match[1] or "no reason given"

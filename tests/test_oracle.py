@@ -692,3 +692,9 @@ def test_a_whole_run_on_real_images_whose_proposals_a_person_edits(go, tmp_path)
     history = read_csv(run / "history.csv")
     assert [row["annotations"] for row in history] == ["20", "23", "26"]
     assert all(0 < float(row["dice"]) < 1 for row in history)
+
+
+def test_short_lines_and_other_columns_of_queries_csv_are_read_rightly(tmp_path):
+    path = tmp_path / "queries.csv"
+    path.write_text("group,answer,id\nrandom\nrandom,,A\nrandom,reject: blurred,B\n")
+    assert ceal.read_rejections(path, {"A", "B"}) == ({"B": "blurred"}, [])
