@@ -399,21 +399,44 @@ def draw_regions(ax, pool, edges, title):
     ax.set(title=title, xlabel="uncertainty score", ylabel="Dice", ylim=(-0.03, 1.03))
 
 
-def figure_regions(record, path):
-    """The paper's Fig. 3: score against Dice after iterations 0, 4 and 5 and before the last one."""
-    files = sorted(record["folder"].glob("iteration_*_scores.csv"))
-    pools = {
-        int(file.name.split("_")[1]): join_pool(
-            *(read_csv(str(file).replace("scores", n)) for n in ("scores", "queries"))
-        )
-        for file in files
+def read_pools(record):
+    """The pools of `read_pool` that a record keeps, a dict of iteration to pool."""
+    pools = {}
+    for file in sorted(record["folder"].glob("iteration_*_scores.csv")):
+        queries = file.with_name(file.name.replace("scores", "queries"))
+        pools[int(file.name.split("_")[1])] = join_pool(read_csv(file), read_csv(queries))
+    return pools
+
+
+def figure_scores(pools, path):
+    """The paper's Fig. 2: score against Dice after the initial training, the four regions named, and the histogram."""
+    pool, figure = pools[min(pools)], Figure(figsize=(7, 6), layout="constrained")
+    scatter, histogram = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    low, high = edges = region_edges(pool["score"])
+    draw_regions(scatter, pool, edges, f"after iteration {min(pools) - 1}: {len(pool['score'])} images in the pool")
+    places = {
+        "certain\nand right": (low / 2, 0.84),
+        "un-\ndetected": (low / 2, 0.3),
+        "uncertain": ((low + high) / 2, 0.06),
     }
-    if not pools:
-        return
+    box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none"}
+    for name, place in {**places, "most uncertain": (high + (scatter.get_xlim()[1] - high) / 2, 0.06)}.items():
+        scatter.text(*place, name, ha="center", fontsize=9, bbox=box)
+    histogram.hist(pool["score"], ceal.BINS, color="0.4")
+    for edge in edges:
+        histogram.axvline(edge, color="0.3", linewidth=0.7)
+    histogram.set(xlabel="uncertainty score", ylabel="images", yscale="symlog")
+    scatter.set_xlabel("")
+    figure.legend(*scatter.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    save_figure(figure, path, vector=True)
+
+
+def figure_regions(pools, path):
+    """The paper's Fig. 3: score against Dice after iterations 0, 4 and 5 and before the last one."""
     edges = region_edges(pools[min(pools)]["score"])
     shown = [k for k in (1, 5, 6, max(pools)) if k in pools]
     figure = Figure(figsize=(9, 7), layout="constrained")
-    axes = figure.subplots(-(-len(shown) // 2), 2, sharey=True, squeeze=False).flat
+    axes = figure.subplots(-(-len(shown) // 2), 2, sharex=True, sharey=True, squeeze=False).flat
     for ax, k in zip(axes, shown):
         draw_regions(ax, pools[k], edges, f"after iteration {k - 1}: {len(pools[k]['score'])} in the pool")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
@@ -488,8 +511,10 @@ def report(out):
     figure_saved(found, figures / "saved.png")
     figure_pool(found, figures / "pool.png")
     for regime in REGIMES:
-        if 1 in found.get((regime, "ceal"), {}):
-            figure_regions(found[regime, "ceal"][1], figures / f"regions_{regime}.png")
+        pools = read_pools(found[regime, "ceal"][1]) if 1 in found.get((regime, "ceal"), {}) else None
+        if pools:
+            figure_scores(pools, figures / f"scores_{regime}.png")
+            figure_regions(pools, figures / f"regions_{regime}.png")
     print((out / "table.md").read_text())
     print(f"{out}/table.md, table.csv, results.json and figures/ hold the report")
 

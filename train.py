@@ -10,6 +10,7 @@ A run writes runs/NAME/ and nothing else: config.json, environment.json, history
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ import numpy as np
 import ceal
 from data import SPLIT_SEED, Dataset, draw_row, normalisation, normalise, split, write_dataset
 from unet import (
+    INITIALIZERS,
     LOSSES,
     MEASURES,
     PRECISIONS,
@@ -77,7 +79,7 @@ def setting(default, help, minimum=None, choices=None):
 class Config:
     """Every setting of a run. The defaults are the paper's; PAPER means its text or its published code."""
 
-    preset: str = setting("paper", "which settings to start from", choices=("paper", "quick", "demo"))
+    preset: str = setting("paper", "which settings to start from", choices=("paper", "tuned", "quick", "demo"))
     data: str = setting("datasets/isic2017.h5", "the HDF5 file that data.py made; auto: draw one into the run's folder")
     run: str = setting("auto", "the folder to write; auto: runs/PRESET-DATE-TIME")
     precision: str = setting("float32", "what the network computes in, for training and scoring", choices=PRECISIONS)
@@ -100,6 +102,7 @@ class Config:
 
     filters: int = setting(32, "filters of the network's first level, doubled at each of four more", 1)
     dropout: float = setting(0.5, "share of the bottleneck dropped, in training and in Monte Carlo passes", 0)
+    initializer: str = setting("GlorotUniform", "how the weights are drawn at first", choices=INITIALIZERS)
     learning_rate: float = setting(1e-5, "Adam's learning rate, the highest of each training", 0)
     loss: str = setting("dice", "minus the Dice coefficient, or that plus the cross-entropy", choices=tuple(LOSSES))
     schedule: str = setting("constant", "the learning rate within each training: unet.learning_rate", choices=SCHEDULES)
@@ -125,20 +128,23 @@ class Config:
     pseudo_step: int = setting(20, "more pseudo-labels in each later iteration", 0)
 
 
+# The training that was found on labelled images alone: README, "Presets".
+TRAINED = {
+    "initializer": "HeNormal",
+    "loss": "dice_bce",
+    "learning_rate": 1e-3,
+    "schedule": "cosine",
+    "batch_size": 4,
+    "initial_steps": 1200,
+    "active_steps": 300,
+    "augment": "all",
+    "rotation": 20.0,
+    "width_shift": 0.1,
+}
 PRESETS = {
     "paper": {},
-    "quick": {
-        "data": "datasets/isic2017_96x128.h5",
-        "filters": 16,
-        "loss": "dice_bce",
-        "learning_rate": 1e-3,
-        "schedule": "cosine",
-        "batch_size": 8,
-        "initial_steps": 600,
-        "active_steps": 150,
-        "augment": "all",
-        "passes": 10,
-    },
+    "tuned": TRAINED,
+    "quick": {**TRAINED, "data": "datasets/isic2017_96x128.h5", "filters": 16, "passes": 10},
     "demo": {
         "data": "auto",
         "filters": 8,
@@ -289,7 +295,7 @@ class Trainer:
         keras.utils.set_random_seed(derived_seed(config.seed, "weights"))
         size = dataset.height, dataset.width, dataset.channels
         with strategy.scope():
-            self.model = build_unet(*size, config.filters, config.dropout, config.precision)
+            self.model = build_unet(*size, config.filters, config.dropout, config.precision, config.initializer)
             # XLA and several replicas do not go together.
             jit_compile = False if several else "auto"
             adam, loss = keras.optimizers.Adam(config.learning_rate), LOSSES[config.loss]
@@ -360,11 +366,11 @@ class Trainer:
                 "are no longer finite; lower it, or choose another --precision, and give another --run"
             )
 
-    def uncertainty(self, positions, iteration, images=None):
+    def uncertainty(self, positions, iteration, images=None, passes=None):
         """Mean and uncertainty map of the iteration's Monte Carlo passes: float32 (n, H, W) each. images: the data
-        set's at these positions, where they have been read already."""
+        set's at these positions, where they have been read already; passes: so many of the first instead of all."""
         images = self.dataset.images(positions) if images is None else images
-        passes, seed = self.config.passes, derived_seed(self.config.seed, iteration, "passes")
+        passes, seed = passes or self.config.passes, derived_seed(self.config.seed, iteration, "passes")
         normalisation, measure = {"mean": self.mean, "std": self.std}, self.config.uncertainty
         return mc_dropout(self.model, images, passes, seed, keys=positions, measure=measure, **normalisation)
 
@@ -645,18 +651,22 @@ def choose(config, scores, iteration, pseudo_labels):
     return {**groups, "pseudo": ceal.select_pseudo_labels(scores, rng, pseudo_labels, exclude=queried)}
 
 
-def draw_examples(trainer, candidates, scores, dice, groups, iteration, path, each=2):
-    """The paper's Fig. 1 for `each` images of every group: image, truth, prediction, uncertainty map."""
+def draw_examples(trainer, candidates, scores, dice, groups, iteration, path, each=2, steps=3):
+    """The paper's Fig. 1 for `each` images of every group: image, truth, the first step predictions (single passes),
+    the mean of all and the uncertainty map."""
     examples = []
     for group, chosen in groups.items():
         at = chosen[:each]
         mean, variance = trainer.uncertainty(candidates[at], iteration)
+        # The sums of the first 0, 1, 2, ... passes: what one adds to the other is a pass.
+        sums = [0.0, *(n * trainer.uncertainty(candidates[at], iteration, passes=n)[0] for n in range(1, steps + 1))]
         images, masks = (read(candidates[at]) for read in (trainer.dataset.images, trainer.dataset.masks))
         rated = ["no truth" if np.isnan(dice[n]) else f"Dice {dice[n]:.2f}" for n in at]
         ids = trainer.dataset.ids[candidates[at]]
         titles = [f"{id}\nscore {scores[n]:.3g}, {words}" for id, n, words in zip(ids, at, rated)]
         truths = [None if np.isnan(dice[n]) else mask for n, mask in zip(at, masks)]
-        examples.append((group, list(zip(titles, images, truths, mean, variance))))
+        passes = zip(*(after - before for before, after in itertools.pairwise(sums)))
+        examples.append((group, list(zip(titles, images, truths, passes, mean, variance))))
     figure_examples(examples, path)
 
 

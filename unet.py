@@ -42,6 +42,8 @@ def print_devices():
 
 
 LEVELS = 4  # times that the network halves its input
+# How the convolutions' weights are drawn at first: as published, which is Keras' default, or as is usual before ReLU.
+INITIALIZERS = "GlorotUniform", "HeNormal"
 # What --precision means: in the half-width types the layers compute; weights, loss and output stay float32.
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
@@ -61,13 +63,13 @@ class Dropout(layers.Dropout):
         return inputs * masks[first : first + tf.shape(inputs)[0]]
 
 
-def build_unet(height, width, channels=1, filters=32, dropout=0.5, precision="float32"):
+def build_unet(height, width, channels=1, filters=32, dropout=0.5, precision="float32", initializer="GlorotUniform"):
     """The network of the paper's published code.
 
     Input float32 (N, height, width, channels), normalised; output float32 (N, height, width, 1), the probability
     of lesion. Two 3x3 ReLU convolutions per level with `filters` to 16 * `filters` channels, 2x2 max-pooling,
     nearest up-sampling then concatenation, and one dropout layer after the bottleneck. 7,846,081 parameters for one
-    channel and 32 filters. precision: a key of PRECISIONS, what the layers compute in.
+    channel and 32 filters. precision: a key of PRECISIONS, what the layers compute in. initializer: of INITIALIZERS.
     Raises ValueError if height or width cannot be halved four times.
     """
     if height % 2**LEVELS or width % 2**LEVELS or min(height, width) < 2**LEVELS:
@@ -76,8 +78,8 @@ def build_unet(height, width, channels=1, filters=32, dropout=0.5, precision="fl
 
     def convolutions(x, level, name):
         for letter in "ab":
-            channels, name_ab = filters * 2**level, f"{name}_{letter}"
-            x = layers.Conv2D(channels, 3, padding="same", activation="relu", dtype=policy, name=name_ab)(x)
+            options = {"padding": "same", "activation": "relu", "kernel_initializer": initializer, "dtype": policy}
+            x = layers.Conv2D(filters * 2**level, 3, name=f"{name}_{letter}", **options)(x)
         return x
 
     x = inputs = keras.Input((height, width, channels), name="image")
@@ -97,6 +99,43 @@ def build_unet(height, width, channels=1, filters=32, dropout=0.5, precision="fl
     return keras.Model(inputs, outputs, name="unet")
 
 
+def _halves(model):
+    """The network of `build_unet` before and after its dropout, rearranged so that little is computed twice: `encode`,
+    images -> bottleneck, rest; and `decode`, bottleneck, rest -> probabilities.
+
+    1. A decoder level's first convolution is linear in its two inputs; the half that sees the skip connection does not
+       depend on the bottleneck: it belongs to the rest.
+    2. Nearest up-sampling by 2, then a 3x3 convolution, is one 4x4 convolution transposed with a stride of 2: the
+       large map is never made, and 4 multiplications remain of 9.
+    """
+    skips = [model.get_layer(f"encoder_{level}_b").output for level in range(LEVELS)]
+    encoder = keras.Model(model.input, [model.get_layer("dropout").input, *skips])
+    first, second = ([model.get_layer(f"decoder_{n}_{letter}") for n in range(LEVELS)] for letter in "ab")
+
+    def encode(images):
+        bottleneck, *skips = encoder(images)
+        dtype, rest = bottleneck.dtype, []
+        for layer, skip in zip(first, skips):
+            up, beside = tf.split(layer.kernel, [-1, skip.shape[-1]], axis=2)
+            half = tf.nn.conv2d(skip, tf.cast(beside, dtype), 1, "SAME")
+            rest.append((tf.cast(_transposed_kernel(up), dtype), tf.nn.bias_add(half, tf.cast(layer.bias, dtype))))
+        return bottleneck, rest
+
+    def decode(x, rest):
+        for (kernel, half), layer in reversed(list(zip(rest, second))):
+            x = layer(tf.nn.relu(tf.nn.conv2d_transpose(x, kernel, tf.shape(half), 2, "SAME") + half))
+        return model.get_layer("probability")(x)
+
+    return encode, decode
+
+
+def _transposed_kernel(kernel):
+    """(3, 3, in, out), for a convolution after nearest up-sampling by 2, to (4, 4, out, in), for a transposed one."""
+    corners = [(row, column) for row in (0, 1) for column in (0, 1)]
+    summed = tf.add_n([tf.pad(kernel, [[r, 1 - r], [c, 1 - c], [0, 0], [0, 0]]) for r, c in corners])
+    return tf.transpose(summed[::-1, ::-1], [0, 1, 3, 2])
+
+
 def count_parameters(channels, filters):
     """The number of weights of such a `build_unet`, found without making it."""
     widths = [filters * 2**level for level in range(LEVELS + 1)]
@@ -111,9 +150,10 @@ def unet_settings(model):
     _, height, width, channels = model.input_shape
     dropout = model.get_layer("dropout")
     (precision,) = [name for name, policy in PRECISIONS.items() if policy == dropout.dtype_policy.name]
-    filters = model.get_layer("encoder_0_a").filters
-    sizes = {"height": height, "width": width, "channels": channels}
-    return {**sizes, "filters": filters, "dropout": dropout.rate, "precision": precision}
+    first = model.get_layer("encoder_0_a")
+    sizes = {"height": height, "width": width, "channels": channels, "filters": first.filters}
+    initializer = type(first.kernel_initializer).__name__
+    return {**sizes, "dropout": dropout.rate, "precision": precision, "initializer": initializer}
 
 
 def share_out(strategy, *batch):
@@ -225,11 +265,20 @@ def learning_rate(schedule, done):
 
 
 def training_step(model):
-    """A compiled function (images, targets) that trains the model on this batch, of which each device has a share."""
+    """A compiled function (images, targets) that trains the network of `build_unet` on this batch, of which each device
+    has a share. It is Keras' own step, by the network's `_halves`: the same gradients to rounding."""
+    dropout, (encode, decode) = model.get_layer("dropout"), _halves(model)
+
+    def train(images, targets):
+        with tf.GradientTape() as tape:
+            bottleneck, rest = encode(images)
+            loss = model.compute_loss(images, targets, decode(dropout(bottleneck, training=True), rest))
+            loss = model.optimizer.scale_loss(loss)
+        model.optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
 
     @tf.function(reduce_retracing=True, jit_compile=model.jit_compile)
     def step(images, targets):
-        model.distribute_strategy.run(model.train_step, ((images, targets),))
+        model.distribute_strategy.run(train, (images, targets))
 
     return step
 
@@ -396,49 +445,21 @@ def _whole_network_passes(model):
 
 
 def _decoder_passes(model):
-    """The fast way, for `build_unet`: the same passes, rearranged so that little is computed twice. See `_sampler`.
-
-    1. The encoder runs once per image: all that is random comes after it.
-    2. A level's first convolution is linear in its two inputs; the half that sees the skip connection, the same in
-       all passes, is computed once.
-    3. Nearest up-sampling by 2, then a 3x3 convolution, is one 4x4 convolution transposed with a stride of 2: the
-       large map is never made, and 4 multiplications remain of 9.
-    """
-    dropout = model.get_layer("dropout")
-    skips = [model.get_layer(f"encoder_{level}_b").output for level in range(LEVELS)]
-    encoder = keras.Model(model.input, [dropout.input, *skips])
-    first, second = ([model.get_layer(f"decoder_{n}_{letter}") for n in range(LEVELS)] for letter in "ab")
+    """The fast way, for `build_unet`: the same passes, by its `_halves`; the encoder runs once per image, for all that
+    is random comes after it. See `_sampler`."""
+    dropout, (encode, decode) = model.get_layer("dropout"), _halves(model)
 
     def prepare(images, image_seeds):
-        bottleneck, *skips = encoder(images, training=False)
+        bottleneck, rest = encode(images)
         bottleneck /= tf.cast(1.0 - dropout.rate, bottleneck.dtype)
-        dtype = bottleneck.dtype
-        up_kernels, skip_halves = [], []
-        for layer, skip in zip(first, skips):
-            up, beside = tf.split(layer.kernel, [-1, skip.shape[-1]], axis=2)
-            up_kernels.append(tf.cast(_transposed_kernel(up), dtype))
-            half = tf.nn.conv2d(skip, tf.cast(beside, dtype), 1, "SAME")
-            skip_halves.append(tf.nn.bias_add(half, tf.cast(layer.bias, dtype)))
 
         def one_pass(number):
             masks = _dropout_masks(bottleneck.shape[1:], dropout.rate, image_seeds, number)
-            x = bottleneck * tf.cast(masks, dtype)
-            for level in reversed(range(LEVELS)):
-                half = skip_halves[level]
-                x = tf.nn.relu(tf.nn.conv2d_transpose(x, up_kernels[level], tf.shape(half), 2, "SAME") + half)
-                x = second[level](x)
-            return model.get_layer("probability")(x)[..., 0]
+            return decode(bottleneck * tf.cast(masks, bottleneck.dtype), rest)[..., 0]
 
         return one_pass
 
     return prepare
-
-
-def _transposed_kernel(kernel):
-    """(3, 3, in, out), for a convolution after nearest up-sampling by 2, to (4, 4, out, in), for a transposed one."""
-    corners = [(row, column) for row in (0, 1) for column in (0, 1)]
-    summed = tf.add_n([tf.pad(kernel, [[r, 1 - r], [c, 1 - c], [0, 0], [0, 0]]) for r, c in corners])
-    return tf.transpose(summed[::-1, ::-1], [0, 1, 3, 2])
 
 
 # ---------------------------------------------------------------------------------------------------- weights files
@@ -448,7 +469,7 @@ def save_unet(model, path, mean, std):
     """Write the weights to `path` (*.weights.h5, standard Keras) and, as its attribute `unet`, what else they need:
     height, width, channels, filters, dropout, and the normalisation's mean and std, a list of float per channel."""
     settings = {**unet_settings(model), "mean": [float(m) for m in mean], "std": [float(s) for s in std]}
-    del settings["precision"]  # the weights are float32 whatever they were trained in
+    del settings["precision"], settings["initializer"]  # of the training: the weights are float32 in any case
     save_weights(model, path, unet=json.dumps(settings))
 
 

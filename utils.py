@@ -315,32 +315,29 @@ def figure_scores(scores, dice, groups, path):
 
 
 def figure_examples(examples, path):
-    """The paper's Fig. 1 for some images of each group, a row a group.
+    """The paper's Fig. 1 for some images of each group, a row an image.
 
-    examples: a list of (group, list of (title, image uint8 (H, W, C), truth (H, W) or None, prediction (H, W),
-    uncertainty map (H, W))). The maps share one scale, so that they compare.
+    examples: a list of (group, list of (title, image uint8 (H, W, C), truth (H, W) or None, step predictions, each
+    (H, W), their mean (H, W), uncertainty map (H, W))). The maps share one scale, so that they compare.
     """
-    examples = [(group, images) for group, images in examples if images]
-    columns = max(len(images) for _, images in examples)
-    highest = max(variance.max() for _, images in examples for *_, variance in images) or 0.25
-    figure = Figure(figsize=(8 * columns, 2 * len(examples)), layout="constrained")
-    axes = figure.subplots(len(examples), 4 * columns, squeeze=False)
+    rows = [(group, example) for group, images in examples for example in images]
+    highest = max(example[-1].max() for _, example in rows) or 0.25
+    steps = len(rows[0][1][3])
+    figure = Figure(figsize=(1.75 * (4 + steps), 1.6 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 4 + steps, squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
-    for row, (group, images) in zip(axes, examples):
-        row[0].set_ylabel(GROUPS[group][0], fontsize=11)
-        for ax in row[4 * len(images) :]:
-            ax.axis("off")
-        for n, (title, image, truth, prediction, variance) in enumerate(images):
-            first, *rest, last = row[4 * n : 4 * n + 4]
-            first.imshow(image, cmap="gray", vmin=0, vmax=255)
-            first.set_title(title, fontsize=8)
-            for ax, name, mask in zip(rest, ("truth", "prediction"), (truth, prediction)):
-                if mask is not None:
-                    ax.imshow(mask, cmap="gray", vmin=0, vmax=1)
-                ax.set_title(name if mask is not None else f"no {name}", fontsize=8)
-            colors = last.imshow(variance, cmap="magma", vmin=0, vmax=highest)
-            last.set_title("uncertainty", fontsize=8)
+    for row, (group, (title, image, truth, passes, mean, variance)) in zip(axes, rows):
+        row[0].set_ylabel(GROUPS[group][0], fontsize=9)
+        row[0].imshow(image, cmap="gray", vmin=0, vmax=255)
+        row[0].set_title(title, fontsize=7)
+        names = "truth" if truth is not None else "no truth", *(f"pass {n + 1}" for n in range(steps)), "mean"
+        for ax, name, mask in zip(row[1:], names, (truth, *passes, mean)):
+            if mask is not None:
+                ax.imshow(mask, cmap="gray", vmin=0, vmax=1)
+            ax.set_title(name, fontsize=7)
+        colors = row[-1].imshow(variance, cmap="magma", vmin=0, vmax=highest)
+        row[-1].set_title("uncertainty", fontsize=7)
     figure.colorbar(colors, ax=axes[:, -1], label="variance", shrink=0.7)
     save_figure(figure, path)
 
