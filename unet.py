@@ -240,7 +240,9 @@ def training_batches(read, first, last, augment=None):
             for layer in augment.layers:
                 restart(layer.generator, layer.seed, 100 * number)  # a layer may draw several times
             moved = augment(tf.concat([pictures, masks], -1), training=True)
-            pictures, masks = moved[..., :-1], tf.round(moved[..., -1:])
+            # A mask stays two-valued; a pseudo-label, which is soft, stays soft.
+            two_valued = tf.reduce_all(masks == tf.round(masks), [1, 2, 3], keepdims=True)
+            pictures, masks = moved[..., :-1], tf.where(two_valued, tf.round(moved[..., -1:]), moved[..., -1:])
         return pictures, masks
 
     # The layers' random state makes the map sequential; its operations use all cores.

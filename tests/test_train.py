@@ -364,6 +364,14 @@ def test_without_augmentation_soft_targets_stay_as_they_are():
     assert seen == targets[:, 0, 0, 0].tolist()
 
 
+def test_with_augmentation_pseudo_labels_stay_soft_and_masks_two_valued():
+    _, masks = blobs(8, 48, 64)
+    targets = np.where(np.arange(8)[:, None, None, None] % 2, masks, 0.2 + 0.5 * masks).astype(np.float32)
+    ((images, seen),) = batches_of(targets, targets, 8, augmentation(20, 0.1, seed=1))
+    np.testing.assert_array_equal(seen[::2], images[::2])
+    np.testing.assert_array_equal(seen[1::2], np.round(images[1::2]))
+
+
 @pytest.fixture
 def trainer(dataset):
     options = f"--data {dataset.path} --filters 2 --batch-size 4 --initial-epochs 2 --active-epochs 2"
