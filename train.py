@@ -112,6 +112,9 @@ class Config:
     initial_steps: int = setting(0, "steps of the initial training; 0: as many as --initial-epochs makes", 0)
     active_steps: int = setting(0, "steps of each iteration's training; 0: as many as --active-epochs makes", 0)
     augment: str = setting("initial", "augment the initial training alone, or all", choices=("initial", "all"))
+    augmentation: str = setting(
+        "paper", "rotate, shift, mirror, or more: unet.augmentation", choices=("paper", "strong")
+    )
     rotation: float = setting(40.0, "augmentation: rotation by up to so many degrees, either way", 0)
     width_shift: float = setting(0.2, "augmentation: shift by up to this share of the width, either way", 0)
 
@@ -334,7 +337,8 @@ class Trainer:
             return self.images(positions[numbers]), targets
 
         augmented = iteration == 0 or self.config.augment == "all"
-        augment = augmentation(self.config.rotation, self.config.width_shift, seed) if augmented else None
+        strong = self.config.augmentation == "strong"
+        augment = augmentation(self.config.rotation, self.config.width_shift, seed, strong) if augmented else None
         return training_batches(read, first, last, augment)
 
     def load(self, path):

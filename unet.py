@@ -213,16 +213,37 @@ LOSSES = {"dice": dice_loss, "dice_bce": dice_bce_loss}
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def augmentation(rotation, width_shift, seed):
-    """Keras layers that rotate a batch (N, H, W, C) float32 by up to `rotation` degrees either way, shift it by up to
-    `width_shift` of its width and mirror it, each image in its own way."""
-    return keras.Sequential(
-        [
-            layers.RandomRotation(rotation / 360, fill_mode="nearest", seed=derived_seed(seed, "rotation")),
-            layers.RandomTranslation(0.0, width_shift, fill_mode="nearest", seed=derived_seed(seed, "shift")),
-            layers.RandomFlip("horizontal", seed=derived_seed(seed, "flip")),
-        ]
-    )
+class ColourJitter(layers.Layer):
+    """Changes contrast, by up to a fifth, and brightness, in each channel by up to 0.3, of a batch (N, H, W, C) of
+    normalised images, each in its own way; not its last channel, the mask."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.seed, self.generator = seed, keras.random.SeedGenerator(seed)
+
+    def call(self, inputs):
+        images, masks = inputs[..., :-1], inputs[..., -1:]
+        count, channels = tf.shape(images)[0], images.shape[-1]
+        contrast = keras.random.uniform((count, 1, 1, 1), 0.8, 1.2, seed=self.generator)
+        brightness = keras.random.uniform((count, 1, 1, channels), -0.3, 0.3, seed=self.generator)
+        mean = tf.reduce_mean(images, [1, 2], keepdims=True)
+        return tf.concat([(images - mean) * contrast + mean + brightness, masks], -1)
+
+
+def augmentation(rotation, width_shift, seed, strong=False):
+    """Keras layers that rotate a batch (N, H, W, C) float32, its last channel the mask, by up to `rotation` degrees
+    either way, shift it by up to `width_shift` of its width and mirror it, each image in its own way. strong: also
+    shift it as far in height, zoom by up to 15 %, mirror it vertically, and change the images' colours."""
+    height_shift = width_shift if strong else 0.0
+    movements = [
+        layers.RandomRotation(rotation / 360, fill_mode="nearest", seed=derived_seed(seed, "rotation")),
+        layers.RandomTranslation(height_shift, width_shift, fill_mode="nearest", seed=derived_seed(seed, "shift")),
+        layers.RandomFlip("horizontal_and_vertical" if strong else "horizontal", seed=derived_seed(seed, "flip")),
+    ]
+    if strong:
+        zoom = layers.RandomZoom((-0.15, 0.15), fill_mode="nearest", seed=derived_seed(seed, "zoom"))
+        movements += [zoom, ColourJitter(derived_seed(seed, "colours"))]
+    return keras.Sequential(movements)
 
 
 def training_batches(read, first, last, augment=None):

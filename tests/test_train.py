@@ -355,6 +355,19 @@ def test_half_of_the_images_are_mirrored():
     assert ((moved.numpy() == images).all((1, 2, 3)) | mirrored).all()
 
 
+def test_strong_augmentation_moves_image_and_mask_together_and_changes_colours_alone():
+    _, masks = blobs(16, 48, 64)
+    colours = np.concatenate([masks, 2 * masks, 3 * masks], -1).astype(np.float32)
+    ((images, targets),) = batches_of(colours, masks, 16, augmentation(180, 0.1, seed=1, strong=True))
+    for image, target in zip(images.numpy(), targets.numpy()[..., 0]):
+        assert set(np.unique(target)) <= {0.0, 1.0}
+        inside, outside = (image[target == value].mean(0) for value in (1, 0))
+        contrast = (inside - outside) / [1, 2, 3]
+        np.testing.assert_allclose(contrast, contrast[0], rtol=0.1)  # of interpolated edges some lie outside
+        assert 0.7 < contrast[0] < 1.25
+    assert not np.allclose(images[0, 0, 0], images[1, 0, 0])
+
+
 def test_without_augmentation_soft_targets_stay_as_they_are():
     targets = np.random.default_rng(0).random((10, 16, 16, 1)).astype(np.float32)
     seen = []
