@@ -201,12 +201,7 @@ def read_command_line(arguments=None):
     given = vars(argument_parser().parse_args(arguments))
     switches = {name: given.pop(name) for name in SWITCHES}
     force, run = given.pop("force"), Path(given.get("run", "auto"))
-    if force and run.exists():
-        aside = run.with_name(f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        with locked(run):
-            run.rename(aside)
-        print(f"{run} is now {aside}")
-    if (run / "config.json").exists():
+    if (run / "config.json").exists() and not force:
         config = stored_config(run, given)
     else:
         config = Config(**{**PRESETS[given.get("preset", "paper")], **given})
@@ -217,6 +212,11 @@ def read_command_line(arguments=None):
         raise UserError("--wait and --partial are for a person's answers: give --oracle folder, or leave them out")
     if all(switches.values()):
         raise UserError("--wait is for all answers and --partial for some: give one of them")
+    if force and run.exists():
+        aside = run.with_name(f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        with locked(run):
+            run.rename(aside)
+        print(f"{run} is now {aside}")
     return config, switches
 
 
@@ -711,7 +711,7 @@ def print_plan(config, dataset, parts):
     """What the run will do, before it does it."""
     size = f"{dataset.height}x{dataset.width}, {dataset.channels} channel(s)"
     print(f"data      {dataset.path}: {dataset.source}, {size}")
-    print(f"split     {len(parts.initial)} labelled, {len(parts.pool)} in the pool, {len(parts.test)} for test")
+    print(f"split     {len(parts.initial)} at first, {len(parts.pool)} in the pool, {len(parts.test)} for test")
     steps = config.initial_steps or config.initial_epochs * -(-len(parts.initial) // config.batch_size)
     rate = f"a learning rate of {config.learning_rate:g}, {config.schedule}"
     print(f"training  {steps} steps of up to {config.batch_size} images at {rate}")
