@@ -353,7 +353,7 @@ def draw_dataset(path, size, count):
 
 def measure(args, config, folder):
     """All rows of the table, in its order."""
-    sizes = {"quick": (96, 128, 1), "demo": tuple(train.DEMO_SIZE.values())}
+    sizes = {"quick": (96, 128, 1), "best": (96, 128, 3), "demo": tuple(train.DEMO_SIZE.values())}
     size = sizes.get(args.preset, (192, 240, 1))
     rounds, count = (1, 8) if args.quick else (3, 16)
     with data.Dataset(args.data or draw_dataset(folder / "images.h5", size, count)) as dataset:

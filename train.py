@@ -79,7 +79,7 @@ def setting(default, help, minimum=None, choices=None):
 class Config:
     """Every setting of a run. The defaults are the paper's; PAPER means its text or its published code."""
 
-    preset: str = setting("paper", "which settings to start from", choices=("paper", "tuned", "quick", "demo"))
+    preset: str = setting("paper", "which settings to start from", choices=("paper", "tuned", "quick", "best", "demo"))
     data: str = setting("datasets/isic2017.h5", "the HDF5 file that data.py made; auto: draw one into the run's folder")
     run: str = setting("auto", "the folder to write; auto: runs/PRESET-DATE-TIME")
     precision: str = setting("float32", "what the network computes in, for training and scoring", choices=PRECISIONS)
@@ -148,6 +148,18 @@ PRESETS = {
     "paper": {},
     "tuned": TRAINED,
     "quick": {**TRAINED, "data": "datasets/isic2017_96x128.h5", "filters": 16, "passes": 10},
+    "best": {
+        **TRAINED,
+        "data": "datasets/isic2017_rgb_96x128.h5",
+        "filters": 16,
+        "initial": 1600,
+        "pool": 0,
+        "iterations": 0,
+        "batch_size": 8,
+        "initial_steps": 6500,
+        "augmentation": "strong",
+        "rotation": 30.0,
+    },
     "demo": {
         "data": "auto",
         "filters": 8,
@@ -687,7 +699,8 @@ def open_dataset(config):
         if not path.exists():
             write_dataset(path, rows, count, *size, "synthetic lesions")
     elif not path.exists():
-        size = " --height 96 --width 128" if config.preset == "quick" else ""
+        small = " --height 96 --width 128"
+        size = {"quick": small, "best": f"{small} --channels 3"}.get(config.preset, "")
         raise UserError(
             f"{path} is not there: download the training data and the Part 1 ground truth of ISIC 2017 from "
             f"challenge.isic-archive.com/data/#2017, unpack them, and run `python data.py isic FOLDER {path}{size}`. "
