@@ -54,6 +54,7 @@ ARMS = {
 }
 STYLES = dict(zip(ARMS, ["k-o", "k--s", "b-^", "b--v", "g-D", "g--P", "r-x", "r--+", "k:"]))
 REGIMES = "scarce", "paper"
+ARROW = {"arrowstyle": "->", "linewidth": 0.7}
 FAILURE = 0.788  # the Dice at a Jaccard of 0.65, below which the challenge counts a mask as failed
 
 
@@ -380,6 +381,8 @@ def figure_saved(found, path):
         own = np.interp(level, np.maximum.accumulate(dice), annotations, right=np.nan)
         marker = {"scarce": "o", "paper": "s"}[regime]
         ax.plot(annotations, annotations - own, STYLES[arm][:-1], marker=marker, label=f"{arm}, {regime}")
+    if not ax.lines:
+        return
     ax.axhline(0, color="0.6")
     ax.set(xlabel="annotations of random", ylabel="annotations saved")
     ax.legend(fontsize=8)
@@ -395,7 +398,7 @@ def draw_regions(ax, pool, edges, title):
         ax.scatter(pool["score"][chosen], pool["dice"][chosen], label=label, **style)
     for edge in edges:
         ax.axvline(edge, color="0.3", linewidth=0.7)
-    ax.plot([ax.get_xlim()[0], edges[0]], [FAILURE] * 2, color="0.3", linewidth=0.7)
+    ax.plot([0, edges[0]], [FAILURE] * 2, color="0.3", linewidth=0.7)
     ax.set(title=title, xlabel="uncertainty score", ylabel="Dice", ylim=(-0.03, 1.03))
 
 
@@ -414,14 +417,11 @@ def figure_scores(pools, path):
     scatter, histogram = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     low, high = edges = region_edges(pool["score"])
     draw_regions(scatter, pool, edges, f"after iteration {min(pools) - 1}: {len(pool['score'])} images in the pool")
-    places = {
-        "certain\nand right": (low / 2, 0.84),
-        "un-\ndetected": (low / 2, 0.3),
-        "uncertain": ((low + high) / 2, 0.06),
-    }
-    box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none"}
-    for name, place in {**places, "most uncertain": (high + (scatter.get_xlim()[1] - high) / 2, 0.06)}.items():
-        scatter.text(*place, name, ha="center", fontsize=9, bbox=box)
+    middle, right = (low + high) / 2, (high + pool["score"].max()) / 2
+    for name, x, y in ("uncertain", middle, 0.01), ("most uncertain", right, 0.01):
+        scatter.text(x, y, name, ha="center", fontsize=9)
+    for name, y in ("certain and right", 0.98), ("undetected", 0.12):
+        scatter.annotate(name, (low / 2, y), (high, y), ha="right", va="center", fontsize=9, arrowprops=ARROW)
     histogram.hist(pool["score"], ceal.BINS, color="0.4")
     for edge in edges:
         histogram.axvline(edge, color="0.3", linewidth=0.7)
