@@ -729,11 +729,12 @@ def print_plan(config, dataset, parts):
     rate = f"a learning rate of {config.learning_rate:g}, {config.schedule}"
     print(f"training  {steps} steps of up to {config.batch_size} images at {rate}")
     asked = config.no_detection + config.most_uncertain + config.random
-    print(
-        f"CEAL      {config.iterations} iterations: score the pool in {config.passes} passes, ask for {asked} masks, "
-        f"train {f'{config.active_steps} steps' if config.active_steps else f'{config.active_epochs} epochs'}; "
-        f"pseudo-labels from iteration {config.pseudo_start}"
-    )
+    lengths = f"{config.active_steps} steps" if config.active_steps else f"{config.active_epochs} epochs"
+    if config.iterations:
+        print(
+            f"CEAL      {config.iterations} iterations: score the pool in {config.passes} passes, ask for {asked} "
+            f"masks, train {lengths}; pseudo-labels from iteration {config.pseudo_start}"
+        )
     print(f"run       {config.run}", flush=True)
     if not len(parts.test):
         print("there are no test images: the result is not measured, the metrics in history.csv stay empty", flush=True)
@@ -837,7 +838,8 @@ def main():
                 )
     last = run / f"iteration_{history[-1]['iteration']:0>2}"
     results = f"{run}/history.csv and {run}/dice.png hold" if len(parts.test) else f"{run}/history.csv holds"
-    print(f"done: {results} the result, {last}/ the choices and their figures")
+    choices = f", {last}/ the choices and their figures" if len(history) > 1 else ""
+    print(f"done: {results} the result{choices}")
     print(f"masks for your own images: python predict.py IMAGES --weights {last}/model.weights.h5 --out masks")
 
 

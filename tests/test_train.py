@@ -1,5 +1,6 @@
 """train.py: the whole loop as a user runs it, what it may never do, and the moving together of image and mask."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -450,6 +451,20 @@ def test_the_defaults_are_the_papers():
     expected |= {"no_detection": 10, "most_uncertain": 10, "random": 15, "rotation": 40, "width_shift": 0.2}
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.run.startswith("runs/paper-")
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_every_preset_is_a_run(preset):
+    config = train.read_config(["--preset", preset])
+    assert config.preset == preset
+    assert config.initial + config.pool in (220, 1600)
+
+
+def test_tuned_is_the_papers_network_and_loop_and_quick_is_its_training():
+    paper, tuned, quick = (dataclasses.asdict(train.read_config(["--preset", p])) for p in ("paper", "tuned", "quick"))
+    training = {*train.TRAINED, "preset", "run"}
+    assert {name for name in paper if paper[name] != tuned[name]} <= training
+    assert {name for name in tuned if tuned[name] != quick[name]} == {"preset", "run", "data", "filters", "passes"}
 
 
 def test_an_option_overrides_the_preset():
