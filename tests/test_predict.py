@@ -15,7 +15,8 @@ from scipy import ndimage
 from scipy.stats import binom
 
 import predict
-from unet import build_unet, save_unet
+from data import draw_row, normalise
+from unet import build_unet, load_unet, save_unet
 from utils import read_csv, segmentation_metrics
 
 
@@ -446,3 +447,15 @@ def test_a_network_of_three_channels_sees_colours(tmp_path, monkeypatch, capsys)
     assert np.mean(mask != (probability > threshold)) < 0.01
     assert run_main(monkeypatch, tmp_path / "a.png", *weights, "--out", tmp_path / "all", *options) == 0
     assert len(list((tmp_path / "all").rglob("*.png"))) == 3
+
+
+def test_the_weights_that_come_along_outline_a_lesion():
+    """Synthetic ones, of a kind that they were not trained on."""
+    assert predict.SHIPPED[0].stat().st_size < 32e6
+    model, settings = load_unet(predict.find_weights(None))
+    size = [settings[name] for name in ("height", "width", "channels")]
+    rows = [draw_row(index, 1, *size) for index in range(12)]
+    images, masks = np.stack([row.image for row in rows]), np.stack([row.mask for row in rows])
+    inputs = normalise(images, settings["mean"], settings["std"])
+    dice = segmentation_metrics(masks, model.predict(inputs, verbose=0)[..., 0] > 0.5)["dice"]
+    assert np.median(dice) > 0.8
