@@ -114,7 +114,7 @@ def find_truths(folder, images):
 
 def find_weights(given):
     """The weights file to use: the one given, or else the best one shipped. Raises UserError if none is."""
-    found = [Path(given)] if given else [path for path in SHIPPED if path.exists()]
+    found = [Path(given)] if given is not None else [path for path in SHIPPED if path.exists()]
     if not found:
         raise UserError("--weights is needed, a model.weights.h5 that train.py wrote: weights/ has none")
     return found[0]
