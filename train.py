@@ -103,7 +103,8 @@ class Config:
     filters: int = setting(32, "filters of the network's first level, doubled at each of four more", 1)
     dropout: float = setting(0.5, "share of the bottleneck dropped, in training and in Monte Carlo passes", 0)
     initializer: str = setting("GlorotUniform", "how the weights are drawn at first", choices=INITIALIZERS)
-    learning_rate: float = setting(1e-5, "Adam's learning rate, the highest of each training", 0)
+    learning_rate: float = setting(1e-5, "Adam's learning rate, the highest of a training", 0)
+    active_learning_rate: float = setting(0.0, "that of each iteration's training; 0: as --learning-rate", 0)
     loss: str = setting("dice", "minus the Dice coefficient, or that plus the cross-entropy", choices=tuple(LOSSES))
     schedule: str = setting("constant", "the learning rate within each training: unet.learning_rate", choices=SCHEDULES)
     batch_size: int = setting(32, "images in a training step", 1)
@@ -136,6 +137,7 @@ TRAINED = {
     "initializer": "HeNormal",
     "loss": "dice_bce",
     "learning_rate": 1e-3,
+    "active_learning_rate": 3e-4,
     "schedule": "cosine",
     "batch_size": 4,
     "initial_steps": 1200,
@@ -364,12 +366,12 @@ class Trainer:
         dropout = self.model.get_layer("dropout").seed_generator
         dropout_seed = derived_seed(self.config.seed, iteration, "dropout")
         first, (_, last) = self.checkpoint.load(iteration), self.steps(positions, iteration)
+        highest = (iteration and self.config.active_learning_rate) or self.config.learning_rate
         batches = self.batches(positions, labels, iteration, first)
         steps = track(batches, f"iteration {iteration}: training steps", last - first)
         for number, batch in enumerate(steps, first):
             restart(dropout, dropout_seed, number)
-            rate = learning_rate(self.config.schedule, number / last)
-            self.model.optimizer.learning_rate = self.config.learning_rate * rate
+            self.model.optimizer.learning_rate = highest * learning_rate(self.config.schedule, number / last)
             self.step(*share_out(self.model.distribute_strategy, *batch))
             self.checkpoint.save_now_and_then(iteration, number + 1)
         self.require_finite(*self.model.get_weights())

@@ -422,14 +422,15 @@ def test_active_training_is_augmented_only_if_asked(trainer, augment, same):
     assert all(any((image == other).all() for other in plain) for image in images.numpy()) == same
 
 
-def test_the_learning_rate_follows_the_schedule(trainer, monkeypatch):
-    trainer.config.schedule, rates = "cosine", []
+@pytest.mark.parametrize(("iteration", "active", "highest"), [(0, 1e-6, 1e-5), (1, 1e-6, 1e-6), (1, 0.0, 1e-5)])
+def test_the_learning_rate_follows_the_schedule(trainer, monkeypatch, iteration, active, highest):
+    trainer.config.schedule, trainer.config.active_learning_rate, rates = "cosine", active, []
     monkeypatch.setattr(trainer, "step", lambda *_: rates.append(float(trainer.model.optimizer.learning_rate)))
-    trainer.config.active_steps = 100
-    trainer.fit(np.arange(8), list(trainer.dataset.masks(np.arange(8))), 1)
-    assert max(rates) == pytest.approx(1e-5, rel=0.02)
-    assert rates[0] < 1e-6
-    assert rates[-1] < 1e-8
+    trainer.config.initial_steps = trainer.config.active_steps = 100
+    trainer.fit(np.arange(8), list(trainer.dataset.masks(np.arange(8))), iteration)
+    assert max(rates) == pytest.approx(highest, rel=0.02)
+    assert rates[0] < highest / 10
+    assert rates[-1] < highest / 1000
 
 
 def test_batches_are_the_same_wherever_training_goes_on(trainer):
