@@ -39,6 +39,7 @@ from utils import (
 
 SHIPPED = [Path(__file__).parent / "weights" / f"{name}.weights.h5" for name in ("best", "paper")]  # the best first
 MIRRORS = ((), (1,), (2,), (1, 2))  # the axes of (N, H, W, C) that are reversed; the first: the image as it is
+THRESHOLDS = np.arange(1, 20) / 20
 BATCH = 16
 
 
@@ -53,6 +54,7 @@ class Options:
     passes: int = 0  # of Monte Carlo dropout, for the uncertainty; 0: no uncertainty
     overlay: bool = False
     truths: dict = dataclasses.field(default_factory=dict)  # an image's path -> that of its true mask
+    try_thresholds: bool = False  # rate the masks cut at THRESHOLDS too
 
 
 # ------------------------------------------------------------------------------------------------------- what is there
@@ -120,17 +122,6 @@ def find_weights(given):
     return found[0]
 
 
-def find_threshold(given, settings, weights):
-    """The threshold given, or else the one stored in the weights file's settings, or else 0.5; and if it is the stored
-    one, words that say so. Raises UserError if it is not between 0 and 1."""
-    stored = given is None and "threshold" in settings
-    threshold = settings.get("threshold", 0.5) if given is None else given
-    if not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
-        source = f"the threshold stored in {weights}," if stored else "--threshold"
-        raise UserError(f"{source} {threshold}: must lie between 0 and 1; give --threshold X, say 0.5")
-    return threshold, ", the threshold stored in it" if stored else ""
-
-
 # --------------------------------------------------------------------------------------------------- image after image
 
 
@@ -158,23 +149,25 @@ def largest_part(mask):
     return kept
 
 
-def rate(mask, truth):
-    """The challenge's metrics, a dict of name to float, of a bool mask (H, W) against the mask in the file `truth`, or
-    the UserError that says why it cannot be rated."""
-    try:
-        true_mask, size = read_mask(truth, *mask.shape)
-    except UserError as error:
-        return error
-    if size != mask.shape:
-        sizes = "{}x{} and its image {}x{} rows x columns".format(*size, *mask.shape)
-        return UserError(f"{truth} is {sizes}: not of the same picture, or resized; get or draw the mask again")
+def read_truth(path, size):
+    """The true mask in a file, uint8 (H, W), of an image of this size. Raises UserError if there is none."""
+    true_mask, own_size = read_mask(path, *size)
+    if own_size != size:
+        sizes = "{}x{} and its image {}x{} rows x columns".format(*own_size, *size)
+        raise UserError(f"{path} is {sizes}: not of the same picture, or resized; get or draw the mask again")
+    return true_mask
+
+
+def rate(mask, true_mask):
+    """The challenge's metrics, a dict of name to float, of a bool mask (H, W)."""
     return {name: float(values[0]) for name, values in segmentation_metrics(true_mask[None], mask[None]).items()}
 
 
 class Result(NamedTuple):
     name: str
     uncertainty: float | None  # the score
-    rating: dict | UserError | None  # what `rate` said; None: there is no truth
+    rating: dict | UserError | None  # what `rate` said, or why there is none; None: there is no truth
+    curve: list  # its Dice at THRESHOLDS, if that was asked for
 
 
 def save_results(path, size, prediction, variance, mean, options):
@@ -182,8 +175,13 @@ def save_results(path, size, prediction, variance, mean, options):
 
     Returns its Result.
     """
-    mask = resize_map(prediction, size) > options.threshold
-    mask = largest_part(mask) if options.largest else mask
+    probability = resize_map(prediction, size)
+
+    def cut(threshold):
+        mask = probability > threshold
+        return largest_part(mask) if options.largest else mask
+
+    mask = cut(options.threshold)
     save_png(mask.astype(np.uint8) * 255, options.out / f"{path.stem}_segmentation.png")
     if variance is not None:
         # 0.25 is the largest variance that a probability can have.
@@ -195,7 +193,15 @@ def save_results(path, size, prediction, variance, mean, options):
         pixels[find_boundaries(mask, mode="thick")] = 0, 255, 255
         save_png(pixels, options.out / "overlay" / f"{path.stem}_overlay.png")
     score = None if variance is None else uncertainty_score(variance, mean)
-    return Result(path.stem, score, rate(mask, options.truths[path]) if path in options.truths else None)
+    rating, curve = None, []
+    if path in options.truths:
+        try:
+            true_mask = read_truth(options.truths[path], size)
+            rating = rate(mask, true_mask)
+            curve = [rate(cut(t), true_mask)["dice"] for t in THRESHOLDS] if options.try_thresholds else []
+        except UserError as error:
+            rating = error
+    return Result(path.stem, score, rating, curve)
 
 
 def predict_batch(model, settings, batch, options):
@@ -273,6 +279,11 @@ def report_ratings(results, out):
         interval = "none: a single image" if np.isnan(low) else f"{low:.4f} to {high:.4f}"
         print(f"{name.replace('_', ' '):<20}{mean:8.4f}   {interval}")
     print(f"{out}/metrics.csv: the metrics of each image")
+    curves = [result.curve for result in results if result.curve]
+    if curves:
+        means = np.mean(curves, 0)
+        print("threshold  Dice", *(f"{t:9.2f}  {mean:.4f}" for t, mean in zip(THRESHOLDS, means)), sep="\n")
+        print(f"the best for these images: --threshold {THRESHOLDS[means.argmax()]:g}; rate it on others")
 
 
 def read_arguments():
@@ -288,11 +299,16 @@ def read_arguments():
     add("--truth", type=Path, metavar="DIR", help="true masks, NAME_segmentation.png: print and write the metrics")
     add("--tta", action="store_true", help="predict the image's mirrored versions too and take the mean of the four")
     add("--largest", action="store_true", help="keep the mask's largest connected part and fill its holes")
-    add("--threshold", type=float, metavar="X", help="lesion is above it (default: the weights' own, or else 0.5)")
+    add("--threshold", type=float, default=0.5, metavar="X", help="lesion is above it (default %(default)s)")
+    add("--try-thresholds", action="store_true", help="print the Dice of masks cut at 0.05, 0.1, ...: needs --truth")
     add("--precision", default="float32", choices=PRECISIONS, help="what the network computes in (default float32)")
     args = parser.parse_args()
     if not 1 <= args.passes < 2**31:
         raise UserError(f"--passes {args.passes}: must be at least 1, and below 2**31")
+    if not 0 < args.threshold < 1:
+        raise UserError(f"--threshold {args.threshold}: must lie between 0 and 1")
+    if args.try_thresholds and not args.truth:
+        raise UserError("--try-thresholds: what is best is known where there are true masks; give --truth DIR")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out} is a file; give the name of a folder for the masks")
     if args.truth and args.truth.resolve() == args.out.resolve():
@@ -307,12 +323,13 @@ def main():
     truths = find_truths(args.truth, images) if args.truth else {}
     print_devices()
     model, settings = load_unet(weights, args.precision)
-    threshold, origin = find_threshold(args.threshold, settings, weights)
     passes = args.passes if args.uncertainty else 0
-    options = Options(args.out, threshold, args.tta, args.largest, passes, args.overlay, truths)
+    options = Options(
+        args.out, args.threshold, args.tta, args.largest, passes, args.overlay, truths, args.try_thresholds
+    )
     results, errors = predict_all(images, model, settings, options)
     unreadable = f"; {len(errors)} images could not be read" if errors else ""
-    print(f"{args.out}: {len(results)} masks by {weights}, cut at {threshold:g}{origin}{unreadable}")
+    print(f"{args.out}: {len(results)} masks by {weights}, cut at {args.threshold:g}{unreadable}")
     if args.uncertainty and results:
         scores = [(result.name, result.uncertainty) for result in results]
         write_csv(args.out / "uncertainty" / "scores.csv", ["name", "uncertainty"], scores)

@@ -4,7 +4,8 @@
     python reproduce.py --preset quick --out results/quick --only ceal,3 --regimes scarce    # one run: for a job array
     python reproduce.py --preset quick --out results/quick --report            # from what is finished, without running
 
-All options of train.py may be given too, for all runs. Each run is one of train.py, in runs/OUT/, and goes on where it
+All options of train.py may be given too, for all runs, and the same ones each time: a record of other settings is
+refused. Each run is one of train.py, in runs/OUT/, and goes on where it
 was if this is started again. What a finished one has found is kept in OUT/records/; the report rests on the records
 alone.
 """
@@ -26,10 +27,12 @@ from matplotlib.figure import Figure
 from scipy.stats import bootstrap, spearmanr
 
 import ceal
-from train import read_config
+from train import Config, read_config
 from utils import (
     GROUPS,
     UserError,
+    draw_histogram,
+    draw_scores,
     progress_bar,
     read_csv,
     run_command,
@@ -50,8 +53,10 @@ ARMS = {
     "bald": {"uncertainty": "bald"},
     "random": {"query": "uniform", **NO_PSEUDO},
     "random_pseudo": {"query": "uniform"},
-    "full": {"iterations": 0},  # all labelled from the start
+    "full": {"iterations": 0, "active_learning_rate": 0.0},  # all labelled from the start
 }
+# Settings in which runs that are compared may differ: where they were done, and what does not change a result.
+PLACE = "run", "data", "devices", "deterministic"
 STYLES = dict(zip(ARMS, ["k-o", "k--s", "b-^", "b--v", "g-D", "g--P", "r-x", "r--+", "k:"]))
 REGIMES = "scarce", "paper"
 ARROW = {"arrowstyle": "->", "linewidth": 0.7}
@@ -100,6 +105,16 @@ def common_iterations(run, other, base):
     return base.pseudo_start if mine == theirs else 1
 
 
+def different_setting(run, folder, base):
+    """The first setting in which the config.json in this folder is not that of the run, in words; None if none is."""
+    stored, wanted = json.loads((folder / "config.json").read_text()), dataclasses.asdict(configure(run, base))
+    for name in wanted:
+        of_folder = stored.get(name, getattr(Config, name))  # a setting that is newer than the folder
+        if of_folder != wanted[name] and name not in PLACE:
+            return f"--{name.replace('_', '-')} {of_folder}, not {wanted[name]}"
+    return None
+
+
 def begin_from_another(run, folder, base, others):
     """Make the run's folder with the iterations that it has in common with another run, if there is one."""
     shared = [(common_iterations(run, other, base), other) for other in others]
@@ -107,6 +122,8 @@ def begin_from_another(run, folder, base, others):
         source = folder.with_name(other.name)
         names = [f"iteration_{k:02d}" for k in range(count)]
         if folder.exists() or not count or not all((source / name).is_dir() for name in names):
+            continue
+        if different_setting(other, source, base):
             continue
         config = dataclasses.replace(configure(run, base), run=str(folder))
         with whole_folder(folder) as partial:
@@ -130,6 +147,7 @@ def start(run, folder, base, threads):
 
 def run_all(runs, out, base, jobs):
     """Do the runs that have no record yet, `jobs` at a time. Raises UserError at the end if some failed."""
+    read_records(out, base)
     waiting = [run for run in runs if not (out / "records" / run.name).exists()]
     work, under_way, failed = Path("runs") / out.name, {}, []
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -226,7 +244,7 @@ def rate_pool(pool, edges):
     return {
         "pool": len(score),
         "correlation": "" if constant else round(float(spearmanr(score, dice).statistic), 4),
-        "undetected": int((certain & (dice < FAILURE)).sum()),
+        "certain_and_poor": int((certain & (dice < FAILURE)).sum()),
         "most_uncertain_region": int(most.sum()),
         "certain_and_right": int((certain & (dice >= FAILURE)).sum()),
         "uncertain_region": int((~certain & ~most).sum()),
@@ -235,11 +253,14 @@ def rate_pool(pool, edges):
     }
 
 
-def read_records(out):
-    """All records: a dict of (regime, arm) to a dict of seed to what a run has found; `full` is in both regimes."""
+def read_records(out, base):
+    """All records: a dict of (regime, arm) to a dict of seed to what a run has found; `full` is in both regimes.
+    Raises UserError if one was made with other settings."""
     found = {}
     for folder in sorted((out / "records").glob("*-*")):
         *regime, arm, seed = folder.name.split("-")
+        if different := different_setting(Run(*regime or REGIMES[:1], arm, int(seed)), folder, base):
+            raise UserError(f"{folder} was made with {different}: give the settings it was made with, or another --out")
         history, test = read_csv(folder / "history.csv"), read_csv(folder / "test_dice.csv")
         names = [name for name in test[0] if name != "id"]
         record = {
@@ -252,8 +273,6 @@ def read_records(out):
         }
         for name in regime or REGIMES:
             found.setdefault((name, arm), {})[int(seed)] = record
-    if not found:
-        raise UserError(f"{out}: no finished run in its records/; leave out --report to do the runs")
     compared = {regime for regime, arm in found if arm != "full"} or set(REGIMES)
     return {key: runs for key, runs in found.items() if key[0] in compared}
 
@@ -320,7 +339,8 @@ def summarise(found):
         if arm != "full":
             areas = np.array([area(run["annotations"], run["dice"]) for run in runs.values()])
             row |= {"area": areas.mean(), "area_sd": areas.std(ddof=1) if len(areas) > 1 else None}
-            row |= {f"annotations_to_{share}": needed(runs, share / 100, reference) for share in (95, 99)}
+            shared = {seed: runs[seed] for seed in common}
+            row |= {f"annotations_to_{share}": needed(shared, share / 100, reference) for share in (95, 99)}
         if arm not in ("random", "full"):
             row["dice_against_random"] = against_random(runs, baseline, last_dice)
             row["area_against_random"] = against_random(runs, baseline, mean_dice)
@@ -335,8 +355,10 @@ def mean_curve(runs):
 
 def needed(runs, share, reference):
     """The annotations with which the seeds' mean curve first reaches this share of `full`; None if it never does."""
+    if reference is None:
+        return None
     annotations, dice = mean_curve(runs)
-    reached = annotations[dice >= share * reference] if reference else []
+    reached = annotations[dice >= share * reference]
     return int(reached[0]) if len(reached) else None
 
 
@@ -391,15 +413,11 @@ def figure_saved(found, path):
 
 def draw_regions(ax, pool, edges, title):
     """The paper's Fig. 2 in one panel: score against Dice, the choices marked, the four regions."""
-    ax.scatter(pool["score"], pool["dice"], s=5, color="0.75")
-    for group, (label, color, marker) in GROUPS.items():
-        chosen = pool["group"] == group
-        style = {"s": 22, "color": color, "marker": marker, "edgecolors": "black", "linewidths": 0.4}
-        ax.scatter(pool["score"][chosen], pool["dice"][chosen], label=label, **style)
+    draw_scores(ax, pool["score"], pool["dice"], {group: np.flatnonzero(pool["group"] == group) for group in GROUPS})
     for edge in edges:
         ax.axvline(edge, color="0.3", linewidth=0.7)
     ax.plot([0, edges[0]], [FAILURE] * 2, color="0.3", linewidth=0.7)
-    ax.set(title=title, xlabel="uncertainty score", ylabel="Dice", ylim=(-0.03, 1.03))
+    ax.set(title=title, xlabel="uncertainty score")
 
 
 def read_pools(record):
@@ -420,12 +438,11 @@ def figure_scores(pools, path):
     middle, right = (low + high) / 2, (high + pool["score"].max()) / 2
     for name, x, y in ("uncertain", middle, 0.01), ("most uncertain", right, 0.01):
         scatter.text(x, y, name, ha="center", fontsize=9)
-    for name, y in ("certain and right", 0.98), ("undetected", 0.12):
+    for name, y in ("certain and right", 0.98), ("certain and poor", 0.12):
         scatter.annotate(name, (low / 2, y), (high, y), ha="right", va="center", fontsize=9, arrowprops=ARROW)
-    histogram.hist(pool["score"], ceal.BINS, color="0.4")
+    draw_histogram(histogram, pool["score"])
     for edge in edges:
         histogram.axvline(edge, color="0.3", linewidth=0.7)
-    histogram.set(xlabel="uncertainty score", ylabel="images", yscale="symlog")
     scatter.set_xlabel("")
     figure.legend(*scatter.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     save_figure(figure, path, vector=True)
@@ -457,7 +474,7 @@ def figure_pool(found, path):
     iterations = [int(row["iteration"]) for row in tables[0]]
     figure = Figure(figsize=(13, 4), layout="constrained")
     regions, correlation, quality = figure.subplots(1, 3)
-    names = "certain_and_right", "uncertain_region", "most_uncertain_region", "undetected"
+    names = "certain_and_right", "uncertain_region", "most_uncertain_region", "certain_and_poor"
     grey = ["0.9", "0.65", "0.4", "0.1"]
     regions.stackplot(iterations, *map(mean, names), colors=grey, labels=[name.replace("_", " ") for name in names])
     regions.set(title="images of the pool in each region", xlabel="iteration")
@@ -490,9 +507,11 @@ def as_text(value):
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def report(out):
+def report(out, base):
     """table.csv, table.md, results.json and the figures, from all records."""
-    found = read_records(out)
+    found = read_records(out, base)
+    if not found:
+        raise UserError(f"{out}: no finished run in its records/; leave out --report to do the runs")
     rows = summarise(found)
     header = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[as_text(row.get(name)) for name in header] for row in rows]
@@ -534,6 +553,9 @@ def main():
     )
     parser.add_argument("--report", action="store_true", help="do no runs, report what is finished")
     args, rest = parser.parse_known_args()
+    for option in rest:
+        if option.partition("=")[0] in ("--run", "--seed", "--force"):
+            raise UserError(f"{option}: each run has its own; leave it out (--out and --seeds are for all)")
     base, regimes = read_config(rest), args.regimes.split(",")
     arms, seeds = args.arms.split(","), range(1, args.seeds + 1)
     if args.only:
@@ -544,15 +566,16 @@ def main():
             raise UserError(f"{option} {unknown[0]}: not one of {', '.join(known)}")
     if not seeds or args.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1; --only takes ARM,SEED, for instance ceal,3")
-    if not base.test or base.oracle != "simulated":
+    if not base.test or base.validation or base.oracle != "simulated":
         raise UserError(
-            "--test 0 and --oracle folder: arms are compared on test images, and nobody is asked; leave them out"
+            "--test 0, --validation and --oracle folder: arms are compared on test images, and nobody is asked; leave "
+            "them out"
         )
     if not args.report:
         runs = [Run(regime, arm, seed) for regime in regimes for arm in arms for seed in seeds]
         run_all(list({run.name: run for run in runs}.values()), args.out, base, args.jobs)
     if not args.only:
-        report(args.out)
+        report(args.out, base)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import ceal
-from data import SPLIT_SEED, Dataset, draw_row, normalisation, normalise, split, write_dataset
+from data import NEAR_DUPLICATES, SPLIT_SEED, Dataset, draw_row, normalisation, normalise, split, write_dataset
 from unet import (
     INITIALIZERS,
     LOSSES,
@@ -37,6 +37,7 @@ from unet import (
     keras,
     learning_rate,
     load_unet,
+    load_weights,
     mc_dropout,
     print_devices,
     restart,
@@ -132,7 +133,7 @@ class Config:
     pseudo_step: int = setting(20, "more pseudo-labels in each later iteration", 0)
 
 
-# The training that was found on labelled images alone: README, "Presets".
+# The training that was found on labelled images: README, "Presets".
 TRAINED = {
     "initializer": "HeNormal",
     "loss": "dice_bce",
@@ -250,7 +251,7 @@ def stored_config(run, given):
     config.run = str(run)
     for name, value in given.items():
         stored = getattr(config, name)
-        if name != "run" and value != stored and not (name == "data" and value == "auto"):
+        if name != "run" and value != stored:
             option = f"--{name.replace('_', '-')}"
             raise UserError(
                 f"{option} {value}: {run} was begun with {stored}; leave it out to go on, or give another --run"
@@ -315,8 +316,10 @@ class Trainer:
             self.model = build_unet(*size, config.filters, config.dropout, config.precision, config.initializer)
             # XLA and several replicas do not go together.
             jit_compile = False if several else "auto"
-            adam, loss = keras.optimizers.Adam(config.learning_rate), LOSSES[config.loss]
-            self.model.compile(adam, loss, jit_compile=jit_compile)
+            optimizer = keras.optimizers.Adam(config.learning_rate)
+            if config.precision == "float16":  # in which small gradients are 0
+                optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+            self.model.compile(optimizer, LOSSES[config.loss], jit_compile=jit_compile)
             self.model.optimizer.build(self.model.trainable_variables)
         self.step = training_step(self.model)
         run = Path(config.run)
@@ -358,7 +361,14 @@ class Trainer:
     def load(self, path):
         """Go on from the weights, and the optimizer's state, that an iteration left."""
         load_unet(path)  # which says what is wrong with the file
-        self.model.load_weights(path)
+        try:
+            load_weights(self.model, path)
+        except (ValueError, UserWarning) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{path}: the optimizer's state is not in it ({reason}); move this iteration and all later ones away "
+                "to do them anew"
+            )
 
     def fit(self, positions, labels, iteration):
         """Train on these images with their labels: the initial training if iteration is 0. A training that was
@@ -379,9 +389,10 @@ class Trainer:
     def require_finite(self, *arrays):
         """Raise UserError if a number in them is not."""
         if not all(np.isfinite(array).all() for array in arrays):
+            rates = f"{self.config.learning_rate:g} and --active-learning-rate {self.config.active_learning_rate:g}"
             raise UserError(
-                f"--learning-rate {self.config.learning_rate:g}: the training broke down, its weights or predictions "
-                "are no longer finite; lower it, or choose another --precision, and give another --run"
+                f"--learning-rate {rates}: the training broke down, its weights or predictions are no longer finite; "
+                "lower them, or choose another --precision, and give another --run"
             )
 
     def uncertainty(self, positions, iteration, images=None, passes=None):
@@ -410,7 +421,8 @@ class Trainer:
             return scores, np.where(self.dataset.has_mask[positions], dice, np.nan).tolist()
 
         done = read_record(record, iteration)
-        chunks = in_chunks(pool.unlabelled, self.chunk)[len(done) :]
+        # Chunks may have had another size before, on other devices.
+        chunks = in_chunks(pool.unlabelled[sum(len(scores) for scores, _ in done) :], self.chunk)
         pictures = map_in_order(read, chunks, workers=1)
         maps = ((positions, *self.uncertainty(positions, iteration, images)) for positions, images in pictures)
         for rated in track(map_in_order(rate, maps), f"iteration {iteration}: scoring the pool", len(chunks)):
@@ -674,7 +686,8 @@ def draw_examples(trainer, candidates, scores, dice, groups, iteration, path, ea
     the mean of all and the uncertainty map."""
     examples = []
     for group, chosen in groups.items():
-        at = chosen[:each]
+        if not len(at := chosen[:each]):
+            continue
         mean, variance = trainer.uncertainty(candidates[at], iteration)
         # The sums of the first 0, 1, 2, ... passes: what one adds to the other is a pass.
         sums = [0.0, *(n * trainer.uncertainty(candidates[at], iteration, passes=n)[0] for n in range(1, steps + 1))]
@@ -685,7 +698,8 @@ def draw_examples(trainer, candidates, scores, dice, groups, iteration, path, ea
         truths = [None if np.isnan(dice[n]) else mask for n, mask in zip(at, masks)]
         passes = zip(*(after - before for before, after in itertools.pairwise(sums)))
         examples.append((group, list(zip(titles, images, truths, passes, mean, variance))))
-    figure_examples(examples, path)
+    if examples:
+        figure_examples(examples, path)
 
 
 # ------------------------------------------------------------------------------------------------- what a user sees
@@ -712,10 +726,12 @@ def open_dataset(config):
 
 
 def hold_out(parts, dataset, validation, seed):
-    """The data.Split with so many of the labelled images, drawn by the seed, in place of the test images."""
+    """The data.Split with so many of the labelled images, drawn by the seed, in place of the test images; none that has
+    a near-duplicate, which may be trained on."""
     if not validation:
         return parts
-    with_mask = parts.initial[dataset.has_mask[parts.initial]]
+    alone = ~np.isin(dataset.ids, np.ravel(NEAR_DUPLICATES))
+    with_mask = parts.initial[(dataset.has_mask & alone)[parts.initial]]
     if len(with_mask) < validation:
         raise UserError(f"--validation {validation}: only {len(with_mask)} of the --initial images have masks")
     held_out = np.random.default_rng(derived_seed(seed, "validation")).permutation(with_mask)[:validation]
@@ -726,20 +742,28 @@ def print_plan(config, dataset, parts):
     """What the run will do, before it does it."""
     size = f"{dataset.height}x{dataset.width}, {dataset.channels} channel(s)"
     print(f"data      {dataset.path}: {dataset.source}, {size}")
-    print(f"split     {len(parts.initial)} at first, {len(parts.pool)} in the pool, {len(parts.test)} for test")
+    tested = "held out of the labelled ones" if config.validation else "for test"
+    print(f"split     {len(parts.initial)} at first, {len(parts.pool)} in the pool, {len(parts.test)} {tested}")
     steps = config.initial_steps or config.initial_epochs * -(-len(parts.initial) // config.batch_size)
     rate = f"a learning rate of {config.learning_rate:g}, {config.schedule}"
     print(f"training  {steps} steps of up to {config.batch_size} images at {rate}")
-    asked = config.no_detection + config.most_uncertain + config.random
-    lengths = f"{config.active_steps} steps" if config.active_steps else f"{config.active_epochs} epochs"
     if config.iterations:
-        print(
-            f"CEAL      {config.iterations} iterations: score the pool in {config.passes} passes, ask for {asked} "
-            f"masks, train {lengths}; pseudo-labels from iteration {config.pseudo_start}"
-        )
+        print(f"CEAL      {config.iterations} iterations: {plan_of_iteration(config)}")
     print(f"run       {config.run}", flush=True)
     if not len(parts.test):
         print("there are no test images: the result is not measured, the metrics in history.csv stay empty", flush=True)
+
+
+def plan_of_iteration(config):
+    """What an iteration does, in words."""
+    asked = config.no_detection + config.most_uncertain + config.random
+    lengths = f"{config.active_steps} steps" if config.active_steps else f"{config.active_epochs} epochs"
+    rate = config.active_learning_rate or config.learning_rate
+    how = f"{asked} masks at random" if config.query == "uniform" else f"{asked} masks"
+    scored = f"score the pool in {config.passes} passes, " if config.query == "paper" else ""
+    labels = config.pseudo_first or config.pseudo_step
+    pseudo = f"pseudo-labels from iteration {config.pseudo_start}" if labels else "no pseudo-labels"
+    return f"{scored}ask for {how}, train {lengths} at {rate:g}; {pseudo}"
 
 
 def print_iteration(row):

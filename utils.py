@@ -293,25 +293,35 @@ def figure_scores(scores, dice, groups, path):
     GROUPS to positions in them.
     """
     known = np.isfinite(dice)
-    dice = np.where(known, dice, -0.1)
     figure = Figure(figsize=(7, 6), layout="constrained")
     scatter, histogram = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    scatter.scatter(scores, dice, s=8, color="0.75", label=f"pool ({len(scores)})")
-    for group, chosen in groups.items():
-        label, color, marker = GROUPS[group]
-        if len(chosen):
-            style = {"s": 28, "color": color, "marker": marker, "edgecolors": "black", "linewidths": 0.5}
-            scatter.scatter(scores[chosen], dice[chosen], label=f"{label} ({len(chosen)})", **style)
-    scatter.set(ylabel="Dice of the prediction", ylim=(-0.03 if known.all() else -0.15, 1.03))
+    draw_scores(scatter, scores, np.where(known, dice, -0.1), groups)
+    scatter.set(title=f"{len(scores)} images in the pool", ylim=(-0.03 if known.all() else -0.15, 1.03))
     if not known.all():
         ticks = np.linspace(0, 1, 6)
         scatter.set_yticks([-0.1, *ticks], ["no truth", *(f"{tick:.1f}" for tick in ticks)])
-    figure.legend(loc="outside upper center", ncols=5, fontsize=8, frameon=False)
-    # Scores that are equal but for rounding do not fill 80 bins.
-    histogram.hist(scores, 80 if np.ptp(scores) > 1e-12 * max(1, np.max(scores)) else 1, color="0.4")
-    histogram.set(xlabel="uncertainty score", ylabel="images", yscale="symlog")
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    draw_histogram(histogram, scores)
     figure.align_ylabels()
     save_figure(figure, path)
+
+
+def draw_scores(ax, scores, dice, groups):
+    """Score against Dice, (N,), the choices in colour: groups is a dict of a name in GROUPS to positions."""
+    ax.scatter(scores, dice, s=6, color="0.75")
+    for group, chosen in groups.items():
+        label, color, marker = GROUPS[group]
+        if len(chosen):
+            style = {"s": 25, "color": color, "marker": marker, "edgecolors": "black", "linewidths": 0.5}
+            ax.scatter(scores[chosen], dice[chosen], label=label, **style)
+    ax.set(ylabel="Dice of the prediction", ylim=(-0.03, 1.03))
+
+
+def draw_histogram(ax, scores, bins=80):
+    """The scores' histogram, as the choice sees it."""
+    # Scores that are equal but for rounding do not fill so many bins.
+    ax.hist(scores, bins if np.ptp(scores) > 1e-12 * max(1, np.max(scores)) else 1, color="0.4")
+    ax.set(xlabel="uncertainty score", ylabel="images", yscale="symlog")
 
 
 def figure_examples(examples, path):
@@ -338,7 +348,7 @@ def figure_examples(examples, path):
             ax.set_title(name, fontsize=7)
         colors = row[-1].imshow(variance, cmap="magma", vmin=0, vmax=highest)
         row[-1].set_title("uncertainty", fontsize=7)
-    figure.colorbar(colors, ax=axes[:, -1], label="variance", shrink=0.7)
+    figure.colorbar(colors, ax=axes[:, -1], label="uncertainty", shrink=0.7)
     save_figure(figure, path)
 
 

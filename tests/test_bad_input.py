@@ -55,10 +55,6 @@ def template(tmp_path_factory, unet_weights):
     for name in "folder", "of_one", "folder.png":
         (folder / name).mkdir()
     image.save(folder / "of_one" / "good.jpg")
-    for name, threshold in ("threshold", 2), ("no_number", "high"):
-        (folder / f"{name}.weights.h5").write_bytes(weights)
-        with h5py.File(folder / f"{name}.weights.h5", "r+") as file:
-            file.attrs["unet"] = json.dumps({**json.loads(file.attrs["unet"]), "threshold": threshold})
     write_bad_truths(folder, draw_row(1, 1, *SIZE))
     spoil_data(folder, content)
     return folder
@@ -212,7 +208,7 @@ CASES = [
     *(f"bench --json {name}" for name in ("folder", "good.png/x.json")),
     # predict.py as an instrument
     *(f"{PREDICT} --threshold {value}" for value in ("0", "1", "-0.5", "1.5", "nan", "half")),
-    *(f"{PREDICT} --weights {name}.weights.h5" for name in ("threshold", "no_number")),
+    f"{PREDICT} --try-thresholds",
     *(f"{PREDICT} --truth {name}" for name in ("nowhere", "good.png", "folder", "masks", *TRUTHS)),
     f"{PREDICT} --truth folder --tta yes",
 ]

@@ -126,7 +126,7 @@ def not_finite(truth, prediction):
 
 def test_a_training_that_breaks_down_says_so_and_writes_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setitem(train.LOSSES, "dice", not_finite)
-    with pytest.raises(UserError, match="--learning-rate 1e-05: the training broke down"):
+    with pytest.raises(UserError, match="--learning-rate 1e-05 and --active-learning-rate 0: the training broke down"):
         run()
     assert not list((tmp_path / "r").glob("*iteration*"))
 
@@ -134,7 +134,7 @@ def test_a_training_that_breaks_down_says_so_and_writes_nothing(run, tmp_path, m
 def test_a_network_that_overflows_is_a_training_that_broke_down(run, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "build_unet", constant_unet(np.nan))
     monkeypatch.setattr(train.Trainer, "fit", lambda *_: None)
-    with pytest.raises(UserError, match="--learning-rate 1e-05: the training broke down"):
+    with pytest.raises(UserError, match="--learning-rate 1e-05 and --active-learning-rate 0: the training broke down"):
         run()
     assert not list((tmp_path / "r").glob("*iteration*"))
 

@@ -232,7 +232,7 @@ def test_rating_equals_the_challenges_scorer_on_random_and_extreme_masks(tmp_pat
             path = tmp_path / f"{folder}_{n}" / f"ISIC_{n:07d}_segmentation.png"
             path.parent.mkdir()
             Image.fromarray(pixels.astype(np.uint8)).save(path)
-        ours = predict.rate(mask, tmp_path / f"truth_{n}" / path.name)
+        ours = predict.rate(mask, predict.read_truth(tmp_path / f"truth_{n}" / path.name, mask.shape))
         assert ours == pytest.approx(of_scorer(tmp_path / f"truth_{n}", path.parent), abs=1e-6), n
 
 
@@ -387,28 +387,33 @@ def test_the_largest_part_on_random_masks_is_that_of_scipy():
         np.testing.assert_array_equal(predict.largest_part(mask), expected)
 
 
-def test_the_threshold_given_goes_before_the_one_stored_with_the_weights(lesions, unet_weights, monkeypatch, capsys):
+def test_what_is_above_the_threshold_is_lesion(lesions, unet_weights, monkeypatch, capsys):
     image = lesions / "images" / "ISIC_0000001.jpg"
-    stored = lesions / "stored.weights.h5"
-    stored.write_bytes(unet_weights.read_bytes())
-    with h5py.File(stored, "a") as file:
-        file.attrs["unet"] = json.dumps({**json.loads(file.attrs["unet"]), "threshold": 0.97})
 
-    def mask_and_text(weights, *options):
-        run_main(monkeypatch, image, "--weights", weights, "--out", lesions / "out", *options)
+    def mask_and_text(*options):
+        run_main(monkeypatch, image, "--weights", unet_weights, "--out", lesions / "out", *options)
         return np.array(Image.open(lesions / "out/ISIC_0000001_segmentation.png")) > 0, capsys.readouterr().out
 
-    (half, text), (high, text_high) = mask_and_text(unet_weights), mask_and_text(unet_weights, "--threshold", "0.97")
+    (half, text), (high, text_high) = mask_and_text(), mask_and_text("--threshold", "0.97")
     assert "cut at 0.5\n" in text
     assert "cut at 0.97\n" in text_high
     assert high.sum() < half.sum()
     assert not (high & ~half).any()
-    own, text = mask_and_text(stored)
-    assert "cut at 0.97, the threshold stored in it" in text
-    np.testing.assert_array_equal(own, high)
-    given, text = mask_and_text(stored, "--threshold", "0.5")
-    assert "cut at 0.5\n" in text
-    np.testing.assert_array_equal(given, half)
+
+
+def test_the_thresholds_tried_are_rated_as_each_would_be(lesions, unet_weights, monkeypatch, capsys):
+    def printed(*options):
+        arguments = "--weights", unet_weights, "--truth", lesions / "truth", "--out", lesions / "out", "--largest"
+        run_main(monkeypatch, lesions / "images", *arguments, *options)
+        return capsys.readouterr().out
+
+    text = printed("--try-thresholds")
+    lines = [line.split() for line in text.partition("threshold  Dice\n")[2].splitlines()[:19]]
+    tried = {float(threshold): float(dice) for threshold, dice in lines}
+    assert len(tried) == 19
+    for threshold in 0.1, 0.5, 0.95:
+        assert printed_table(printed("--threshold", threshold))["dice"][0] == pytest.approx(tried[threshold], abs=1e-4)
+    assert f"--threshold {max(tried, key=tried.get):g};" in text
 
 
 def test_the_best_shipped_weights_are_used_without_weights(lesions, unet_weights, monkeypatch, capsys):

@@ -99,7 +99,7 @@ def test_the_regions_are_counted_as_the_paper_draws_them():
     dice = np.array([0.9, 0.9, 0, 0.1, 0.79, 0.2, 0.9, 0.9, 0.1])
     group = np.array(["pseudo", "", "no_detection", "", "", "random", "", "", "most_uncertain"])
     found = reproduce.rate_pool({"score": score, "dice": dice, "group": group}, reproduce.region_edges(score))
-    assert (found["certain_and_right"], found["undetected"]) == (3, 2)
+    assert (found["certain_and_right"], found["certain_and_poor"]) == (3, 2)
     assert (found["uncertain_region"], found["most_uncertain_region"]) == (2, 2)
     assert (found["dice_pseudo"], found["dice_no_detection"], found["dice_random"]) == (0.9, 0.0, 0.2)
     assert found["dice_pool"] == pytest.approx(dice.mean(), abs=1e-4)
@@ -185,8 +185,26 @@ def test_what_is_done_is_not_done_again(reproduction, monkeypatch, capsys):
     start(monkeypatch, *arguments, *TINY.split())
     assert "4 of 4 runs are done already" in capsys.readouterr().out
     before = (reproduction / "res" / "table.csv").read_bytes()
-    start(monkeypatch, "--out", "res", "--report")
+    start(monkeypatch, "--out", "res", "--report", *TINY.split())
     assert (reproduction / "res" / "table.csv").read_bytes() == before
+
+
+def test_a_record_of_other_settings_is_refused_by_name(reproduction, monkeypatch):
+    monkeypatch.chdir(reproduction)
+    monkeypatch.setattr(reproduce, "start", lambda *_: pytest.fail("a run was started"))
+    expected = r"scarce-ceal-1 was made with --active-learning-rate 0.0, not 0.001"
+    for more in [], ["--report"]:
+        with pytest.raises(UserError, match=expected):
+            start(monkeypatch, "--out", "res", *TINY.split(), "--active-learning-rate", 0.001, *more)
+
+
+def test_iterations_of_other_settings_are_not_shared(reproduction, monkeypatch):
+    monkeypatch.chdir(reproduction)
+    run, folder = Run("scarce", "uncertain_only", 1), reproduction / "runs/res/scarce-uncertain_only-1"
+    for options in ["--width-shift", "0.3"], []:
+        base = read_config([*TINY.split(), *options])
+        reproduce.begin_from_another(run, folder, base, [Run("scarce", "ceal", 1)])
+        assert folder.exists() == (not options)
 
 
 def test_a_run_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
@@ -211,10 +229,14 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
         "--passes 0",
         "--test 0",
         "--oracle folder",
+        "--validation 20",
+        "--seed 3",
+        "--run=runs/x",
+        "--force",
     ],
 )
 def test_wrong_options_are_refused_by_name(wrong, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"cael|scarc:|--only|--seeds|--report|--passes 0|--test 0"):
+    with pytest.raises(UserError, match=r"cael|scarc:|--only|--seeds|--report|--passes 0|--test 0|each run has"):
         start(monkeypatch, "--out", "res", *wrong.split())
     assert list(tmp_path.iterdir()) == []

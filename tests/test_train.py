@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, blobs, write_blobs
 
+import ceal
 import train
 import unet
 from data import Dataset, split
@@ -265,6 +266,7 @@ import sys
 import tensorflow as tf
 cpu, = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import ceal
 import train
 train.main()
 """
@@ -431,6 +433,44 @@ def test_the_learning_rate_follows_the_schedule(trainer, monkeypatch, iteration,
     assert max(rates) == pytest.approx(highest, rel=0.02)
     assert rates[0] < highest / 10
     assert rates[-1] < highest / 1000
+
+
+def test_a_scoring_goes_on_with_chunks_of_another_size(trainer, tmp_path):
+    """As after a stop on a machine with more devices."""
+    pool = ceal.Pool(np.arange(4), trainer.dataset.masks(np.arange(4)), np.arange(4, 40), np.arange(40, 60))
+    expected, record = trainer.score(pool, 1), tmp_path / "record"
+    trainer.chunk = 8
+    trainer.score(pool, 1, record)
+    record.write_text("".join(record.read_text().splitlines(keepends=True)[:2]))
+    trainer.chunk = 12
+    for found, whole in zip(trainer.score(pool, 1, record), expected):
+        np.testing.assert_allclose(found, whole, rtol=1e-5)
+
+
+def test_training_goes_on_with_the_optimizers_state_or_not_at_all(trainer, tmp_path):
+    plain, path = unet.build_unet(48, 64, filters=2), tmp_path / "plain.weights.h5"
+    unet.save_unet(plain, path, [128.0], [50.0])
+    with pytest.raises(UserError, match="the optimizer's state is not in it"):
+        trainer.load(path)
+
+
+def test_float16_training_scales_its_loss_and_goes_on_where_it_was(dataset, tmp_path):
+    options = f"--data {dataset.path} --filters 2 --batch-size 4 --initial-epochs 4 --precision float16"
+    one, other = (train.Trainer(train.read_config(options.split()), dataset, [128.0], [50.0]) for _ in range(2))
+    positions, path = np.arange(8), tmp_path / "a.weights.h5"
+    one.fit(positions, list(dataset.masks(positions)), 0)
+    assert not np.array_equal(one.model.get_weights()[0], other.model.get_weights()[0])
+    unet.save_unet(one.model, path, [128.0], [50.0])
+    other.load(path)
+    for values, same in zip(one.model.optimizer.variables, other.model.optimizer.variables):
+        np.testing.assert_array_equal(values, same)
+    assert float(one.model.optimizer.dynamic_scale) > 1
+
+
+def test_where_nobody_is_asked_there_are_no_examples(trainer, tmp_path):
+    groups = {"random": np.array([], int), "pseudo": np.array([], int)}
+    train.draw_examples(trainer, np.arange(5), np.zeros(5), np.zeros(5), groups, 1, tmp_path / "examples.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_batches_are_the_same_wherever_training_goes_on(trainer):
