@@ -456,7 +456,8 @@ def figure_regions(pools, path):
     axes = figure.subplots(-(-len(shown) // 2), 2, sharex=True, sharey=True, squeeze=False).flat
     for ax, k in zip(axes, shown):
         draw_regions(ax, pools[k], edges, f"after iteration {k - 1}: {len(pools[k]['score'])} in the pool")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    # The last panel's: it has pseudo-labels.
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     save_figure(figure, path, vector=True)
 
 
