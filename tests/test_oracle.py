@@ -24,7 +24,7 @@ import train
 from data import Dataset, shrink_mask
 from utils import UserError, file_fingerprint, read_csv, write_csv
 
-KILLS = int(os.environ.get("KILLS", 5))
+KILLS = int(os.environ.get("KILLS", 2))
 SIZE = 32, 48
 OPTIONS = """
     --filters 2 --initial 6 --pool 20 --test 4 --initial-epochs 3 --active-epochs 1 --batch-size 4 --passes 2
