@@ -317,10 +317,10 @@ def draw_scores(ax, scores, dice, groups):
     ax.set(ylabel="Dice of the prediction", ylim=(-0.03, 1.03))
 
 
-def draw_histogram(ax, scores, bins=80):
+def draw_histogram(ax, scores):
     """The scores' histogram, as the choice sees it."""
-    # Scores that are equal but for rounding do not fill so many bins.
-    ax.hist(scores, bins if np.ptp(scores) > 1e-12 * max(1, np.max(scores)) else 1, color="0.4")
+    # Scores that are equal but for rounding do not fill 80 bins.
+    ax.hist(scores, 80 if np.ptp(scores) > 1e-12 * max(1, np.max(scores)) else 1, color="0.4")
     ax.set(xlabel="uncertainty score", ylabel="images", yscale="symlog")
 
 
