@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy import fft, ndimage
 
-from utils import LARGEST_SIDE, UserError, map_in_order, reserve, run_command, track, whole_file
+from utils import LARGEST_SIDE, UserError, in_one_line, map_in_order, reserve, run_command, track, whole_file
 
 LAYOUT_VERSION = 2
 PARTS = {"train": "Training", "validation": "Validation", "test": "Test_v2"}  # ours: the challenge's
@@ -494,7 +494,7 @@ class Dataset:
         return pixels
 
     def _damaged(self, error):
-        reason = " ".join(str(error).split())
+        reason = in_one_line(error)
         return UserError(f"{self.path}: not a data file of data.py, or a damaged one ({reason}); make it again")
 
 

@@ -5,9 +5,8 @@
     python reproduce.py --preset quick --out results/quick --report            # from what is finished, without running
 
 All options of train.py may be given too, for all runs, and the same ones each time: a record of other settings is
-refused. Each run is one of train.py, in runs/OUT/, and goes on where it
-was if this is started again. What a finished one has found is kept in OUT/records/; the report rests on the records
-alone.
+refused. Each run is one of train.py, in runs/OUT/, and goes on where it was if this is started again. What a finished
+one has found is kept in OUT/records/; the report rests on the records alone.
 """
 
 import argparse
@@ -53,7 +52,8 @@ ARMS = {
     "bald": {"uncertainty": "bald"},
     "random": {"query": "uniform", **NO_PSEUDO},
     "random_pseudo": {"query": "uniform"},
-    "full": {"iterations": 0, "active_learning_rate": 0.0},  # all labelled from the start
+    # All labelled from the start; the other rate, which nothing would use, is no difference between records.
+    "full": {"iterations": 0, "active_learning_rate": 0.0},
 }
 # Settings in which runs that are compared may differ: where they were done, and what does not change a result.
 PLACE = "run", "data", "devices", "deterministic"
@@ -83,16 +83,14 @@ def configure(run, base):
     All arms have the same test images, the same weights at first, the same optimizer steps; all but `full` the same
     number of annotations. The scarce regime begins with a sixth of the labels.
     """
-    asked, labelled = base.no_detection + base.most_uncertain + base.random, base.initial + base.pool
-    half_way = base.initial + base.iterations * asked // 2
-    initial_steps = base.initial_steps or base.initial_epochs * -(-base.initial // base.batch_size)
-    active_steps = base.active_steps or base.active_epochs * -(-half_way // base.batch_size)
+    labelled, half_way = base.initial + base.pool, base.initial + base.iterations * base.asked // 2
+    initial_steps, active_steps = base.training_steps(base.initial, 0), base.training_steps(half_way, 1)
     initial = base.initial if run.regime == "paper" else base.initial // 6
     changes = dict(ARMS[run.arm])
     if run.arm == "full":
         initial, initial_steps = labelled, initial_steps + base.iterations * active_steps
     if run.arm == "uncertain_only":
-        changes["most_uncertain"] = asked
+        changes["most_uncertain"] = base.asked
     steps = {"initial_steps": initial_steps, "active_steps": active_steps}
     return dataclasses.replace(base, seed=run.seed, initial=initial, pool=labelled - initial, **steps, **changes)
 
@@ -147,7 +145,6 @@ def start(run, folder, base, threads):
 
 def run_all(runs, out, base, jobs):
     """Do the runs that have no record yet, `jobs` at a time. Raises UserError at the end if some failed."""
-    read_records(out, base)
     waiting = [run for run in runs if not (out / "records" / run.name).exists()]
     work, under_way, failed = Path("runs") / out.name, {}, []
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -253,14 +250,19 @@ def rate_pool(pool, edges):
     }
 
 
-def read_records(out, base):
-    """All records: a dict of (regime, arm) to a dict of seed to what a run has found; `full` is in both regimes.
-    Raises UserError if one was made with other settings."""
-    found = {}
+def check_records(out, base):
+    """Raise UserError if a record was made with other settings."""
     for folder in sorted((out / "records").glob("*-*")):
         *regime, arm, seed = folder.name.split("-")
         if different := different_setting(Run(*regime or REGIMES[:1], arm, int(seed)), folder, base):
             raise UserError(f"{folder} was made with {different}: give the settings it was made with, or another --out")
+
+
+def read_records(out):
+    """All records: a dict of (regime, arm) to a dict of seed to what a run has found; `full` is in both regimes."""
+    found = {}
+    for folder in sorted((out / "records").glob("*-*")):
+        *regime, arm, seed = folder.name.split("-")
         history, test = read_csv(folder / "history.csv"), read_csv(folder / "test_dice.csv")
         names = [name for name in test[0] if name != "id"]
         record = {
@@ -508,9 +510,9 @@ def as_text(value):
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def report(out, base):
+def report(out):
     """table.csv, table.md, results.json and the figures, from all records."""
-    found = read_records(out, base)
+    found = read_records(out)
     if not found:
         raise UserError(f"{out}: no finished run in its records/; leave out --report to do the runs")
     rows = summarise(found)
@@ -572,11 +574,12 @@ def main():
             "--test 0, --validation and --oracle folder: arms are compared on test images, and nobody is asked; leave "
             "them out"
         )
+    check_records(args.out, base)
     if not args.report:
         runs = [Run(regime, arm, seed) for regime in regimes for arm in arms for seed in seeds]
         run_all(list({run.name: run for run in runs}.values()), args.out, base, args.jobs)
     if not args.only:
-        report(args.out, base)
+        report(args.out)
 
 
 if __name__ == "__main__":

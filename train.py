@@ -55,6 +55,7 @@ from utils import (
     figure_history,
     figure_scores,
     file_fingerprint,
+    in_one_line,
     locked,
     map_in_order,
     naming,
@@ -131,6 +132,26 @@ class Config:
     pseudo_start: int = setting(5, "the first iteration with pseudo-labels", 1)
     pseudo_first: int = setting(20, "pseudo-labels in that iteration", 0)
     pseudo_step: int = setting(20, "more pseudo-labels in each later iteration", 0)
+
+    @property
+    def asked(self):
+        """Oracle queries in an iteration."""
+        return self.no_detection + self.most_uncertain + self.random
+
+    def epoch_steps(self, images):
+        """Training steps in an epoch of so many images."""
+        return -(-images // self.batch_size)
+
+    def training_steps(self, images, iteration):
+        """Steps of this iteration's training on so many images, of the initial training if iteration is 0."""
+        steps, epochs = self.initial_steps, self.initial_epochs
+        if iteration:
+            steps, epochs = self.active_steps, self.active_epochs
+        return steps or epochs * self.epoch_steps(images)
+
+    def highest_rate(self, iteration):
+        """The highest learning rate of this iteration's training, of the initial training if iteration is 0."""
+        return (iteration and self.active_learning_rate) or self.learning_rate
 
 
 # The training that was found on labelled images: README, "Presets".
@@ -276,9 +297,9 @@ def check(config):
         raise UserError(f"--width-shift {config.width_shift}: is a share of the width, at most 1")
     if config.rotation > 180:
         raise UserError(f"--rotation {config.rotation}: must be at most 180 degrees")
-    if config.iterations and not config.no_detection + config.most_uncertain + config.random:
+    if config.iterations and not config.asked:
         raise UserError("--no-detection, --most-uncertain and --random are all 0: the oracle would not be asked")
-    if config.iterations and config.no_detection + config.most_uncertain + config.random > config.pool:
+    if config.iterations and config.asked > config.pool:
         raise UserError(
             f"--pool {config.pool}: fewer images than --no-detection, --most-uncertain and --random ask for"
         )
@@ -331,20 +352,13 @@ class Trainer:
         """The network's input for these positions: float32 (n, H, W, C)."""
         return normalise(self.dataset.images(positions), self.mean, self.std)
 
-    def steps(self, positions, iteration):
-        """The number of training steps in an epoch and in the whole training of this iteration."""
-        config, epoch = self.config, -(-len(positions) // self.config.batch_size)
-        if iteration:
-            return epoch, config.active_steps or epoch * config.active_epochs
-        return epoch, config.initial_steps or epoch * config.initial_epochs
-
     def batches(self, positions, labels, iteration, first=0):
         """The `training_batches` from number `first` on of these images with their labels, a list of (H, W) in
         [0, 1]; augmented if iteration is 0, or always with --augment all. Each epoch has an order of its own, and its
         batches differ in size by one at most: no step on a few images, and a share for every device. Images are read
         from the data file batch by batch, so that memory does not limit their number."""
         seed, count = derived_seed(self.config.seed, iteration, "training"), len(positions)
-        epoch_steps, last = self.steps(positions, iteration)
+        epoch_steps, last = self.config.epoch_steps(count), self.config.training_steps(count, iteration)
 
         def read(number):
             epoch, step = divmod(int(number), epoch_steps)
@@ -364,10 +378,9 @@ class Trainer:
         try:
             load_weights(self.model, path)
         except (ValueError, UserWarning) as error:
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{path}: the optimizer's state is not in it ({reason}); move this iteration and all later ones away "
-                "to do them anew"
+                f"{path}: the optimizer's state is not in it ({in_one_line(error)}); move this iteration and all later "
+                "ones away to do them anew"
             )
 
     def fit(self, positions, labels, iteration):
@@ -375,8 +388,8 @@ class Trainer:
         interrupted goes on from its Checkpoint."""
         dropout = self.model.get_layer("dropout").seed_generator
         dropout_seed = derived_seed(self.config.seed, iteration, "dropout")
-        first, (_, last) = self.checkpoint.load(iteration), self.steps(positions, iteration)
-        highest = (iteration and self.config.active_learning_rate) or self.config.learning_rate
+        first, last = self.checkpoint.load(iteration), self.config.training_steps(len(positions), iteration)
+        highest = self.config.highest_rate(iteration)
         batches = self.batches(positions, labels, iteration, first)
         steps = track(batches, f"iteration {iteration}: training steps", last - first)
         for number, batch in enumerate(steps, first):
@@ -672,11 +685,10 @@ def query(trainer, pool, oracle, iteration, folder):
 def choose(config, scores, iteration, pseudo_labels):
     """Whom to ask about, and then whom to pseudo-label: a dict of group to positions in `scores`, `pseudo` last."""
     rng = np.random.default_rng(derived_seed(config.seed, iteration, "queries"))
-    asked = config.no_detection, config.most_uncertain, config.random
     if config.query == "uniform":
-        groups = {"random": ceal.select_uniform(len(scores), rng, sum(asked))}
+        groups = {"random": ceal.select_uniform(len(scores), rng, config.asked)}
     else:
-        groups = ceal.select_queries(scores, rng, *asked)
+        groups = ceal.select_queries(scores, rng, config.no_detection, config.most_uncertain, config.random)
     queried = np.concatenate(list(groups.values()))
     return {**groups, "pseudo": ceal.select_pseudo_labels(scores, rng, pseudo_labels, exclude=queried)}
 
@@ -744,7 +756,7 @@ def print_plan(config, dataset, parts):
     print(f"data      {dataset.path}: {dataset.source}, {size}")
     tested = "held out of the labelled ones" if config.validation else "for test"
     print(f"split     {len(parts.initial)} at first, {len(parts.pool)} in the pool, {len(parts.test)} {tested}")
-    steps = config.initial_steps or config.initial_epochs * -(-len(parts.initial) // config.batch_size)
+    steps = config.training_steps(len(parts.initial), 0)
     rate = f"a learning rate of {config.learning_rate:g}, {config.schedule}"
     print(f"training  {steps} steps of up to {config.batch_size} images at {rate}")
     if config.iterations:
@@ -756,14 +768,12 @@ def print_plan(config, dataset, parts):
 
 def plan_of_iteration(config):
     """What an iteration does, in words."""
-    asked = config.no_detection + config.most_uncertain + config.random
     lengths = f"{config.active_steps} steps" if config.active_steps else f"{config.active_epochs} epochs"
-    rate = config.active_learning_rate or config.learning_rate
-    how = f"{asked} masks at random" if config.query == "uniform" else f"{asked} masks"
+    how = f"{config.asked} masks at random" if config.query == "uniform" else f"{config.asked} masks"
     scored = f"score the pool in {config.passes} passes, " if config.query == "paper" else ""
     labels = config.pseudo_first or config.pseudo_step
     pseudo = f"pseudo-labels from iteration {config.pseudo_start}" if labels else "no pseudo-labels"
-    return f"{scored}ask for {how}, train {lengths} at {rate:g}; {pseudo}"
+    return f"{scored}ask for {how}, train {lengths} at {config.highest_rate(1):g}; {pseudo}"
 
 
 def print_iteration(row):

@@ -12,7 +12,7 @@ from hashlib import blake2b
 import h5py
 import numpy as np
 
-from utils import LARGEST_SIDE, UserError, derived_seed, reserve, whole_file
+from utils import LARGEST_SIDE, UserError, derived_seed, in_one_line, reserve, whole_file
 
 
 @contextlib.contextmanager
@@ -333,7 +333,7 @@ class Checkpoint:
                 return 0
             load_weights(self.model, self.path)
         except (OSError, KeyError, ValueError, TypeError, RuntimeError, UserWarning) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = in_one_line(error)
             raise UserError(f"{self.path}: damaged ({reason}); remove it to do this iteration's training again")
         return steps
 
@@ -552,6 +552,6 @@ def load_unet(path, precision="float32"):
         if not all(np.isfinite(values).all() for values in model.get_weights()):
             raise ValueError("some are not finite: the training that wrote them broke down")
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, ArithmeticError, UserWarning) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: these are no weights written by train.py ({reason[:200]}); give those of a run")
+        reason = in_one_line(error)
+        raise UserError(f"{path}: these are no weights written by train.py ({reason}); give those of a run")
     return model, settings

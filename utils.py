@@ -59,6 +59,11 @@ def print_error(message):
     print(f"error: {line}", file=sys.stderr)
 
 
+def in_one_line(error):
+    """What a library's exception says, its beginning, without line breaks."""
+    return " ".join(str(error).split())[:200]
+
+
 def progress_bar():
     """A rich Progress for what takes longer than a few seconds: on a terminal only, and gone when it is done."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
