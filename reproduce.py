@@ -113,8 +113,9 @@ def different_setting(run, folder, base):
     return None
 
 
-def begin_from_another(run, folder, base, others):
-    """Make the run's folder with the iterations that it has in common with another run, if there is one."""
+def begin_from_another(run, folder, base):
+    """Make the run's folder with the iterations that it has in common with another arm's run, if one has done them."""
+    others = [run._replace(arm=arm) for arm in ARMS]
     shared = [(common_iterations(run, other, base), other) for other in others]
     for count, other in sorted(shared, reverse=True):
         source = folder.with_name(other.name)
@@ -156,7 +157,7 @@ def run_all(runs, out, base, jobs):
             while waiting or under_way:
                 while waiting and len(under_way) < jobs:
                     run = waiting.pop(0)
-                    begin_from_another(run, work / run.name, base, runs)
+                    begin_from_another(run, work / run.name, base)
                     under_way[run] = start(run, work / run.name, base, threads)
                 time.sleep(0.5)
                 for run in [run for run, process in under_way.items() if process.poll() is not None]:

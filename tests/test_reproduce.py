@@ -203,7 +203,7 @@ def test_iterations_of_other_settings_are_not_shared(reproduction, monkeypatch):
     run, folder = Run("scarce", "uncertain_only", 1), reproduction / "runs/res/scarce-uncertain_only-1"
     for options in ["--width-shift", "0.3"], []:
         base = read_config([*TINY.split(), *options])
-        reproduce.begin_from_another(run, folder, base, [Run("scarce", "ceal", 1)])
+        reproduce.begin_from_another(run, folder, base)
         assert folder.exists() == (not options)
 
 
