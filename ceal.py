@@ -65,10 +65,11 @@ def uncertainty_score(variance, prediction, distance="inside"):
 # -------------------------------------------------------------------------------------------------------- the choice
 
 
-def select_queries(scores, rng, no_detection=10, most_uncertain=10, random=15):
+def select_queries(scores, rng, no_detection=10, most_uncertain=10, random=15, rule="lowest"):
     """Whom to ask the oracle about: a dict of group name to positions in `scores` [P, section 3; C].
 
-    - no_detection: the lowest scores;
+    - no_detection: the lowest scores; by the rule `empty` (ours) only scores of 0, as an empty prediction has, and for
+      each one that is missing then one more in `random`;
     - most_uncertain: from the last 5 of 80 bins, the emptiest first (of equally empty ones the more uncertain) until
       there are enough, then at random among those gathered;
     - random: at random among the images between the lower edges of bin (mode + 6) and bin 47; where the first is the
@@ -80,7 +81,11 @@ def select_queries(scores, rng, no_detection=10, most_uncertain=10, random=15):
     """
     scores, bins, counts, edges = _histogram(scores)
     by_score = np.lexsort((rng.random(len(scores)), scores))
-    groups = {"no_detection": by_score[:no_detection]}
+    lowest = by_score[:no_detection]
+    if rule == "empty":
+        random += np.count_nonzero(scores[lowest])
+        lowest = lowest[scores[lowest] == 0]
+    groups = {"no_detection": lowest}
 
     last = sorted(range(BINS - UNCERTAIN_BINS, BINS), key=lambda b: (counts[b], -b))
     enough = np.searchsorted(np.cumsum(counts[last]), most_uncertain) + 1

@@ -47,6 +47,7 @@ ARMS = {
     "ceal": {},
     "no_pseudo": NO_PSEUDO,
     "no_distance": {"distance": "none"},
+    "empty_only": {"no_detection_rule": "empty"},
     "uncertain_only": {"no_detection": 0, "random": 0},  # most_uncertain: all of them
     "entropy": {"uncertainty": "entropy"},
     "bald": {"uncertainty": "bald"},
@@ -57,7 +58,7 @@ ARMS = {
 }
 # Settings in which runs that are compared may differ: where they were done, and what does not change a result.
 PLACE = "run", "data", "devices", "deterministic"
-STYLES = dict(zip(ARMS, ["k-o", "k--s", "b-^", "b--v", "g-D", "g--P", "r-x", "r--+", "k:"]))
+STYLES = dict(zip(ARMS, ["k-o", "k--s", "b-^", "m-*", "b--v", "g-D", "g--P", "r-x", "r--+", "k:"]))
 REGIMES = "scarce", "paper"
 ARROW = {"arrowstyle": "->", "linewidth": 0.7}
 FAILURE = 0.788  # the Dice at a Jaccard of 0.65, below which the challenge counts a mask as failed

@@ -127,6 +127,11 @@ class Config:
     distance: str = setting("inside", "the score's weight: ceal.distance_weight", choices=("inside", "both", "none"))
     query: str = setting("paper", "the three groups, or as many at random of the pool", choices=("paper", "uniform"))
     no_detection: int = setting(10, "oracle queries with the lowest scores, per iteration", 0)
+    no_detection_rule: str = setting(
+        "lowest",
+        "empty: of those only images on which nothing is detected, more at random instead of the others",
+        choices=("lowest", "empty"),
+    )
     most_uncertain: int = setting(10, "oracle queries with the highest scores, per iteration", 0)
     random: int = setting(15, "oracle queries at random, per iteration", 0)
     pseudo_start: int = setting(5, "the first iteration with pseudo-labels", 1)
@@ -291,6 +296,11 @@ def check(config):
             raise UserError(f"--{field.name.replace('_', '-')} {value}: must be at least {minimum}, and below 2**31")
     if not 0 < config.dropout < 1:
         raise UserError(f"--dropout {config.dropout}: must lie between 0 and 1; without it there is no uncertainty")
+    if config.no_detection_rule == "empty" and config.distance != "inside":
+        raise UserError(
+            f"--no-detection-rule empty goes with --distance inside: under {config.distance} an empty prediction does "
+            "not score 0"
+        )
     if config.learning_rate == 0:
         raise UserError("--learning-rate 0: nothing would be learned")
     if config.width_shift > 1:
@@ -688,7 +698,8 @@ def choose(config, scores, iteration, pseudo_labels):
     if config.query == "uniform":
         groups = {"random": ceal.select_uniform(len(scores), rng, config.asked)}
     else:
-        groups = ceal.select_queries(scores, rng, config.no_detection, config.most_uncertain, config.random)
+        asked = config.no_detection, config.most_uncertain, config.random
+        groups = ceal.select_queries(scores, rng, *asked, config.no_detection_rule)
     queried = np.concatenate(list(groups.values()))
     return {**groups, "pseudo": ceal.select_pseudo_labels(scores, rng, pseudo_labels, exclude=queried)}
 

@@ -113,6 +113,16 @@ def test_queries_follow_the_rules_of_the_published_code(scores):
     assert set(groups["random"]) <= between if len(between) >= 15 else between <= set(groups["random"])
 
 
+@pytest.mark.parametrize("empty", [0, 3, 25])
+def test_by_the_rule_empty_only_images_without_detection_are_asked_for_as_such(empty):
+    scores = np.concatenate([np.zeros(empty), np.random.default_rng(0).gamma(1, 1, 500)])
+    groups = ceal.select_queries(scores, np.random.default_rng(0), rule="empty")
+    assert len(groups["no_detection"]) == min(empty, 10)
+    assert (scores[groups["no_detection"]] == 0).all()
+    assert [len(groups["most_uncertain"]), len(groups["random"])] == [10, 25 - min(empty, 10)]
+    assert len(set(np.concatenate(list(groups.values())))) == 35
+
+
 @settings(max_examples=40, deadline=None)
 @given(pools(), st.integers(0, 200))
 def test_pseudo_labels_come_from_the_fullest_bin_and_never_from_the_queries(scores, count):
@@ -135,9 +145,13 @@ def test_uniform_queries_are_of_the_whole_pool_and_none_is_named_twice():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.floats(0, 1e6), max_size=60), st.lists(st.integers(0, 5), min_size=3, max_size=3))
-def test_any_pool_gives_as_many_queries_as_asked_or_all_it_has(scores, counts):
-    groups = ceal.select_queries(np.array(scores), np.random.default_rng(1), *counts)
+@given(
+    st.lists(st.floats(0, 1e6), max_size=60),
+    st.lists(st.integers(0, 5), min_size=3, max_size=3),
+    st.sampled_from(["lowest", "empty"]),
+)
+def test_any_pool_gives_as_many_queries_as_asked_or_all_it_has(scores, counts, rule):
+    groups = ceal.select_queries(np.array(scores), np.random.default_rng(1), *counts, rule)
     chosen = np.concatenate(list(groups.values()))
     assert len(set(chosen.tolist())) == len(chosen) == min(sum(counts), len(scores))
     pseudo = ceal.select_pseudo_labels(np.array(scores), np.random.default_rng(1), 7, chosen)

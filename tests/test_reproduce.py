@@ -43,6 +43,7 @@ def test_every_arm_is_what_its_name_says():
         "bald": "bald",
     }
     assert {arm for arm, c in config.items() if c.distance == "none"} == {"no_distance"}
+    assert {arm for arm, c in config.items() if c.no_detection_rule == "empty"} == {"empty_only"}
     assert config["uncertain_only"].most_uncertain == 35
     assert config["ceal"].most_uncertain == 10
 

@@ -535,6 +535,7 @@ def test_help_explains_every_setting(capsys):
         "--width-shift 2",
         "--seed -1",
         "--no-detection 0 --most-uncertain 0 --random 0",
+        "--no-detection-rule empty --distance none",
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(wrong):
