@@ -77,6 +77,12 @@ class Run(NamedTuple):
         # With all labelled from the start, the regimes do not differ.
         return f"{self.arm}-{self.seed}" if self.arm == "full" else f"{self.regime}-{self.arm}-{self.seed}"
 
+    @classmethod
+    def named(cls, name):
+        """The run of this `name`; `full` in the first regime."""
+        *regime, arm, seed = name.split("-")
+        return cls(*regime or REGIMES[:1], arm, int(seed))
+
 
 def configure(run, base):
     """The run's train.Config, changed from that of all runs.
@@ -255,8 +261,7 @@ def rate_pool(pool, edges):
 def check_records(out, base):
     """Raise UserError if a record was made with other settings."""
     for folder in sorted((out / "records").glob("*-*")):
-        *regime, arm, seed = folder.name.split("-")
-        if different := different_setting(Run(*regime or REGIMES[:1], arm, int(seed)), folder, base):
+        if different := different_setting(Run.named(folder.name), folder, base):
             raise UserError(f"{folder} was made with {different}: give the settings it was made with, or another --out")
 
 
@@ -264,7 +269,7 @@ def read_records(out):
     """All records: a dict of (regime, arm) to a dict of seed to what a run has found; `full` is in both regimes."""
     found = {}
     for folder in sorted((out / "records").glob("*-*")):
-        *regime, arm, seed = folder.name.split("-")
+        run = Run.named(folder.name)
         history, test = read_csv(folder / "history.csv"), read_csv(folder / "test_dice.csv")
         names = [name for name in test[0] if name != "id"]
         record = {
@@ -275,8 +280,8 @@ def read_records(out):
             "pool": read_csv(folder / "pool.csv") if (folder / "pool.csv").exists() else [],
             "folder": folder,
         }
-        for name in regime or REGIMES:
-            found.setdefault((name, arm), {})[int(seed)] = record
+        for regime in REGIMES if run.arm == "full" else [run.regime]:
+            found.setdefault((regime, run.arm), {})[run.seed] = record
     compared = {regime for regime, arm in found if arm != "full"} or set(REGIMES)
     return {key: runs for key, runs in found.items() if key[0] in compared}
 
