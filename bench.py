@@ -10,8 +10,6 @@ Every line names what it must reach on 2 CPU cores at the paper's sizes, where t
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -334,17 +332,6 @@ def bench_folders(folder, counts):
 # --------------------------------------------------------------------------------------------------- the command line
 
 
-def machine():
-    """What a reader needs to judge the figures by."""
-    try:
-        info = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        processor = platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": processor, "cores": cores, "date": time.strftime("%Y-%m-%d"), **train.environment()}
-
-
 def draw_dataset(path, size, count):
     """A data file of synthetic lesions."""
     data.write_dataset(path, (data.draw_row(n, 1, *size) for n in range(count)), count, *size, "synthetic lesions")
@@ -393,7 +380,7 @@ def main():
         args.json.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.json.parent).close()
     print_devices()
-    about = machine()
+    about = train.environment()
     print(f"{about['processor']}, {about['cores']} cores, {about['date']}\n")
     print("| what | measured | to reach, preset paper |\n| --- | ---: | ---: |")
     config = train.Config(**{**train.PRESETS[args.preset], "batch_size": 8})

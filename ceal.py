@@ -10,7 +10,6 @@ import io
 import itertools
 import re
 import shlex
-import sys
 import time
 import unicodedata
 from hashlib import blake2b
@@ -23,7 +22,7 @@ from PIL import Image, ImageOps
 from scipy.ndimage import binary_dilation, binary_erosion, distance_transform_edt
 
 from data import open_mask, open_picture, shrink_mask
-from utils import UserError, read_csv, resize_map, whole_file, whole_folder, write_csv
+from utils import UserError, print_error, read_csv, resize_map, whole_file, whole_folder, write_csv
 
 BINS = 80  # of the histogram of scores [C]
 UNCERTAIN_BINS = 5  # the last ones hold the most uncertain images [C]
@@ -79,7 +78,7 @@ def select_queries(scores, rng, no_detection=10, most_uncertain=10, random=15, r
     broken at random. When the pool holds fewer images than are asked for, all of them are chosen.
     scores: float (N,), finite; rng: numpy.random.Generator.
     """
-    scores, bins, counts, edges = _histogram(scores)
+    scores, bins, counts, edges = histogram(scores)
     by_score = np.lexsort((rng.random(len(scores)), scores))
     lowest = by_score[:no_detection]
     if rule == "empty":
@@ -94,11 +93,16 @@ def select_queries(scores, rng, no_detection=10, most_uncertain=10, random=15, r
     groups["most_uncertain"] = _draw(free, most_uncertain, uncertain_range, scores, groups["no_detection"], rng)
 
     chosen = np.concatenate(list(groups.values()))
-    first = min(np.argmax(counts) + RANDOM_FROM, BINS)
-    free = np.setdiff1d(np.flatnonzero((bins >= first) & (bins < RANDOM_TO)), chosen)
-    random_range = sorted((edges[first], edges[RANDOM_TO]))
-    groups["random"] = _draw(free, random, random_range, scores, chosen, rng)
+    low, high = random_range(counts, edges)
+    free = np.setdiff1d(np.flatnonzero((scores >= low) & (scores < high)), chosen)
+    groups["random"] = _draw(free, random, sorted((low, high)), scores, chosen, rng)
     return groups
+
+
+def random_range(counts, edges):
+    """The scores between which the random group lies, of a `histogram`: the lower edges of bin (mode + 6) and of bin
+    47, of which the first may be the higher [C]."""
+    return edges[min(np.argmax(counts) + RANDOM_FROM, BINS)], edges[RANDOM_TO]
 
 
 def select_uniform(pool_size, rng, count):
@@ -106,12 +110,20 @@ def select_uniform(pool_size, rng, count):
     return rng.choice(pool_size, min(count, pool_size), replace=False)
 
 
+def select_power(scores, rng, count):
+    """Ours, after PowerBALD (Kirsch et al., TMLR 2023): `count` positions at random, each draw in proportion to the
+    scores of what is left, or all if there are fewer. Scores of 0 come last, at random."""
+    scores = np.asarray(scores, np.float64)
+    weights = np.maximum(scores, 1e-12 * scores.max(initial=0)) if np.any(scores) else np.ones(len(scores))
+    return rng.choice(len(scores), min(count, len(scores)), replace=False, p=weights / weights.sum())
+
+
 def select_pseudo_labels(scores, rng, count, exclude=()):
     """Whom to let the network label itself: `count` positions in `scores`, at random from the fullest bin [C].
 
     Never one of the positions `exclude` (the queries). Topped up and tied as in `select_queries`.
     """
-    scores, bins, counts, edges = _histogram(scores)
+    scores, bins, counts, edges = histogram(scores)
     mode = np.argmax(counts)
     exclude = np.asarray(exclude, int)
     free = np.setdiff1d(np.flatnonzero(bins == mode), exclude)
@@ -123,7 +135,7 @@ def pseudo_label_count(iteration, start=5, first=20, step=20):
     return 0 if iteration < start else first + step * (iteration - start)
 
 
-def _histogram(scores):
+def histogram(scores):
     """(scores as float64 (N,), each one's bin (N,), images in each bin (80,), the bins' edges (81,))."""
     scores = np.asarray(scores, np.float64)
     if not np.isfinite(scores).all():
@@ -364,7 +376,7 @@ class FolderOracle:
             print(f"{self.path}: {len(self._answers) - before} answers taken in", flush=True)
         for line in wrong:
             if line not in self._told:
-                print(f"error: {line}", file=sys.stderr, flush=True)
+                print_error(line)
         self._told.update(wrong)
         return wrong
 
@@ -392,7 +404,10 @@ class FolderOracle:
         """The ids that were asked for in an iteration, by its folder's name."""
         for place in (self.run / name.replace("iteration", ".queries"), self.run / name):
             if (place / "queries.csv").exists():
-                return {row["id"] for row in read_csv(place / "queries.csv") if row["group"] != "pseudo"}
+                try:
+                    return {row["id"] for row in read_csv(place / "queries.csv") if row["group"] != "pseudo"}
+                except KeyError as error:
+                    raise UserError(f"{place}/queries.csv: not as train.py wrote it ({error}); put it back")
         return set()
 
     def _identify(self, given):

@@ -169,10 +169,10 @@ def read_image(path, height, width, channels):
     with open_picture(path) as picture:
         if picture.mode.startswith(("I", "F")):
             raise UserError(f"{path}: more than 8 bits per channel; save it with 8")
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         original = picture.size if turned else picture.size[::-1]  # as displayed: (height, width)
         # A JPEG decodes at 1/2, 1/4 or 1/8 of its size, in grey if asked: far less work, the same result.
-        picture.draft(mode, (width, height))
+        picture.draft(mode, (height, width) if turned else (width, height))
         picture = ImageOps.exif_transpose(picture)
         picture = picture.convert("RGBA") if "transparency" in picture.info else picture  # else Pillow warns
         pixels = np.asarray(picture.convert(mode).resize((width, height), Image.Resampling.BILINEAR))

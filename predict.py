@@ -149,6 +149,14 @@ def largest_part(mask):
     return kept
 
 
+def spare_masks(images, out):
+    """Raise UserError if a mask that lies beside its image, perhaps the true one, would be overwritten."""
+    for path in images:
+        mask = out / f"{path.stem}_segmentation.png"
+        if mask.exists() and path.parent.resolve() == out.resolve():
+            raise UserError(f"{mask}: it would be overwritten, and may be a true mask; give another --out")
+
+
 def read_truth(path, size):
     """The true mask in a file, uint8 (H, W), of an image of this size. Raises UserError if there is none."""
     true_mask, own_size = read_mask(path, *size)
@@ -320,6 +328,7 @@ def main():
     """The command line."""
     args = read_arguments()
     images, weights = find_images(args.inputs), find_weights(args.weights)
+    spare_masks(images, args.out)
     truths = find_truths(args.truth, images) if args.truth else {}
     print_devices()
     model, settings = load_unet(weights, args.precision)

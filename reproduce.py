@@ -48,6 +48,7 @@ ARMS = {
     "no_pseudo": NO_PSEUDO,
     "no_distance": {"distance": "none"},
     "empty_only": {"no_detection_rule": "empty"},
+    "power": {"query": "power"},
     "uncertain_only": {"no_detection": 0, "random": 0},  # most_uncertain: all of them
     "entropy": {"uncertainty": "entropy"},
     "bald": {"uncertainty": "bald"},
@@ -58,7 +59,7 @@ ARMS = {
 }
 # Settings in which runs that are compared may differ: where they were done, and what does not change a result.
 PLACE = "run", "data", "devices", "deterministic"
-STYLES = dict(zip(ARMS, ["k-o", "k--s", "b-^", "m-*", "b--v", "g-D", "g--P", "r-x", "r--+", "k:"]))
+STYLES = dict(zip(ARMS, ["k-o", "k--s", "b-^", "m-*", "c-h", "b--v", "g-D", "g--P", "r-x", "r--+", "k:"]))
 REGIMES = "scarce", "paper"
 ARROW = {"arrowstyle": "->", "linewidth": 0.7}
 FAILURE = 0.788  # the Dice at a Jaccard of 0.65, below which the challenge counts a mask as failed
@@ -80,8 +81,11 @@ class Run(NamedTuple):
     @classmethod
     def named(cls, name):
         """The run of this `name`; `full` in the first regime."""
-        *regime, arm, seed = name.split("-")
-        return cls(*regime or REGIMES[:1], arm, int(seed))
+        try:
+            *regime, arm, seed = name.split("-")
+            return cls(*regime or REGIMES[:1], arm, int(seed))
+        except (TypeError, ValueError):
+            raise UserError(f"{name}: no record of reproduce.py has such a name; move it out of records/")
 
 
 def configure(run, base):
@@ -107,7 +111,7 @@ def common_iterations(run, other, base):
     if "full" in (run.arm, other.arm) or run[::2] != other[::2] or run == other:
         return 0
     mine, theirs = (dataclasses.replace(configure(r, base), **NO_PSEUDO) for r in (run, other))
-    return base.pseudo_start if mine == theirs else 1
+    return min(base.pseudo_start, base.iterations + 1) if mine == theirs else 1
 
 
 def different_setting(run, folder, base):
@@ -135,9 +139,11 @@ def begin_from_another(run, folder, base):
         with whole_folder(folder) as partial:
             for name in names:
                 shutil.copytree(source / name, partial / name)
-            for file in [source / "environment.json", *source.glob("synthetic.h5")]:
+            for file in source.glob("synthetic.h5"):
                 shutil.copy(file, partial)
-            (partial / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+            environment = {**json.loads((source / "environment.json").read_text()), "begun_by": other.name}
+            for name, content in ("config", dataclasses.asdict(config)), ("environment", environment):
+                (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def start(run, folder, base, threads):
@@ -232,10 +238,9 @@ def join_pool(scores, queries):
 
 
 def region_edges(scores):
-    """The two scores that part certain, uncertain and most uncertain images: those between which the published code
-    draws at random, the lower edges of bin (mode + 6) and of bin 47 of 80."""
-    counts, edges = np.histogram(scores, ceal.BINS)
-    return tuple(sorted((edges[min(np.argmax(counts) + ceal.RANDOM_FROM, ceal.BINS)], edges[ceal.RANDOM_TO])))
+    """The two scores that part certain, uncertain and most uncertain images: those between which the random group
+    lies."""
+    return tuple(sorted(ceal.random_range(*ceal.histogram(scores)[2:])))
 
 
 def rate_pool(pool, edges):
@@ -259,16 +264,25 @@ def rate_pool(pool, edges):
 
 
 def check_records(out, base):
-    """Raise UserError if a record was made with other settings."""
-    for folder in sorted((out / "records").glob("*-*")):
+    """Raise UserError if a record was made with other settings, or the records with different data files."""
+    data = {}
+    for folder in record_folders(out):
         if different := different_setting(Run.named(folder.name), folder, base):
             raise UserError(f"{folder} was made with {different}: give the settings it was made with, or another --out")
+        data[json.loads((folder / "environment.json").read_text())["data_fingerprint"]] = folder
+    if len(data) > 1:
+        raise UserError(f"{' and '.join(map(str, data.values()))} were made with different --data: give each its --out")
+
+
+def record_folders(out):
+    """The folders of all records, without what a process is writing at the moment."""
+    return sorted((out / "records").glob("[!.]*-*"))
 
 
 def read_records(out):
     """All records: a dict of (regime, arm) to a dict of seed to what a run has found; `full` is in both regimes."""
     found = {}
-    for folder in sorted((out / "records").glob("*-*")):
+    for folder in record_folders(out):
         run = Run.named(folder.name)
         history, test = read_csv(folder / "history.csv"), read_csv(folder / "test_dice.csv")
         names = [name for name in test[0] if name != "id"]
@@ -295,7 +309,10 @@ def area(annotations, dice):
 
 
 def interval(differences):
-    """95 % bootstrap interval of the mean of (seed, image), seeds and images being drawn anew, each for itself."""
+    """95 % bootstrap interval of the mean of (seed, image), seeds and images being drawn anew, each for itself.
+
+    Their two scatters add up as they should; that of one seed's network on one image counts up to three times, so the
+    interval is on the wide side (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007)."""
     seeds, images = map(np.arange, differences.shape)
 
     def mean(some_seeds, some_images):
@@ -377,6 +394,8 @@ def needed(runs, share, reference):
 def figure_curves(found, path):
     """Dice against annotations of every arm, with the standard deviation over seeds, a panel per regime."""
     regimes = [regime for regime in REGIMES if any(r == regime and arm != "full" for r, arm in found)]
+    if not regimes:
+        return
     figure = Figure(figsize=(6 * len(regimes), 4.5), layout="constrained")
     for ax, regime in zip(figure.subplots(1, len(regimes), squeeze=False)[0], regimes):
         for arm, style in STYLES.items():
@@ -384,7 +403,7 @@ def figure_curves(found, path):
             if not runs:
                 continue
             annotations, dice = mean_curve(runs)
-            spread = np.std([run["dice"] for run in runs.values()], 0)
+            spread = np.std([run["dice"] for run in runs.values()], 0, ddof=min(1, len(runs) - 1))
             if arm == "full":
                 ax.axhline(
                     dice[-1], color="k", linestyle=":", label=f"full, {annotations[-1]:.0f} labels ({len(runs)})"
@@ -397,6 +416,15 @@ def figure_curves(found, path):
     save_figure(figure, path, vector=True)
 
 
+def reached(annotations, dice, level):
+    """The annotations at which a curve, (K,) and (K,), first comes to this Dice, between its points too; NaN if it
+    never does."""
+    k = int(np.argmax(dice >= level))
+    if dice[k] < level:
+        return np.nan
+    return float(np.interp(level, dice[k - 1 : k + 1], annotations[k - 1 : k + 1])) if k else float(annotations[0])
+
+
 def figure_saved(found, path):
     """How many annotations fewer than `random` each arm needs for the Dice that random has at the same point."""
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -407,11 +435,12 @@ def figure_saved(found, path):
         if arm in ("random", "full") or not seeds:
             continue
         annotations, dice = mean_curve({seed: runs[seed] for seed in seeds})
+        reference = mean_curve({seed: baseline[seed] for seed in seeds})[1]
         # The best so far: a curve that goes down again has been there already.
-        level = np.maximum.accumulate(mean_curve({seed: baseline[seed] for seed in seeds})[1])
-        own = np.interp(level, np.maximum.accumulate(dice), annotations, right=np.nan)
+        levels = np.maximum.accumulate(reference)
+        saved = [reached(annotations, reference, level) - reached(annotations, dice, level) for level in levels]
         marker = {"scarce": "o", "paper": "s"}[regime]
-        ax.plot(annotations, annotations - own, STYLES[arm][:-1], marker=marker, label=f"{arm}, {regime}")
+        ax.plot(annotations, saved, STYLES[arm][:-1], marker=marker, label=f"{arm}, {regime}")
     if not ax.lines:
         return
     ax.axhline(0, color="0.6")
@@ -449,7 +478,7 @@ def figure_scores(pools, path):
         scatter.text(x, y, name, ha="center", fontsize=9)
     for name, y in ("certain and right", 0.98), ("certain and poor", 0.12):
         scatter.annotate(name, (low / 2, y), (high, y), ha="right", va="center", fontsize=9, arrowprops=ARROW)
-    draw_histogram(histogram, pool["score"])
+    draw_histogram(histogram, *ceal.histogram(pool["score"])[2:])
     for edge in edges:
         histogram.axvline(edge, color="0.3", linewidth=0.7)
     scatter.set_xlabel("")
@@ -460,11 +489,13 @@ def figure_scores(pools, path):
 def figure_regions(pools, path):
     """The paper's Fig. 3: score against Dice after iterations 0, 4 and 5 and before the last one."""
     edges = region_edges(pools[min(pools)]["score"])
-    shown = [k for k in (1, 5, 6, max(pools)) if k in pools]
+    shown = sorted({1, 5, 6, max(pools)} & pools.keys())
     figure = Figure(figsize=(9, 7), layout="constrained")
-    axes = figure.subplots(-(-len(shown) // 2), 2, sharex=True, sharey=True, squeeze=False).flat
-    for ax, k in zip(axes, shown):
+    axes = figure.subplots(-(-len(shown) // 2), min(2, len(shown)), sharex=True, sharey=True, squeeze=False).flat
+    for k, ax in zip(shown, axes):
         draw_regions(ax, pools[k], edges, f"after iteration {k - 1}: {len(pools[k]['score'])} in the pool")
+    for unused in axes:
+        unused.set_axis_off()
     # The last panel's: it has pseudo-labels.
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     save_figure(figure, path, vector=True)
@@ -576,6 +607,10 @@ def main():
             raise UserError(f"{option} {unknown[0]}: not one of {', '.join(known)}")
     if not seeds or args.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1; --only takes ARM,SEED, for instance ceal,3")
+    if args.report and args.only:
+        raise UserError("--report is of all runs, --only one run without a report: leave one of them out")
+    if not base.iterations:
+        raise UserError("--iterations 0: arms do not differ before the first iteration; give more")
     if not base.test or base.validation or base.oracle != "simulated":
         raise UserError(
             "--test 0, --validation and --oracle folder: arms are compared on test images, and nobody is asked; leave "

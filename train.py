@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -77,88 +78,6 @@ def setting(default, help, minimum=None, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "minimum": minimum, "choices": choices})
 
 
-@dataclasses.dataclass
-class Config:
-    """Every setting of a run. The defaults are the paper's; PAPER means its text or its published code."""
-
-    preset: str = setting("paper", "which settings to start from", choices=("paper", "tuned", "quick", "best", "demo"))
-    data: str = setting("datasets/isic2017.h5", "the HDF5 file that data.py made; auto: draw one into the run's folder")
-    run: str = setting("auto", "the folder to write; auto: runs/PRESET-DATE-TIME")
-    precision: str = setting("float32", "what the network computes in, for training and scoring", choices=PRECISIONS)
-    deterministic: str = setting(
-        "auto", "the same bits in every run, which a GPU is slower at; auto: on a CPU", choices=("auto", "yes", "no")
-    )
-    devices: str = setting("one", "all: share every batch out among all GPUs", choices=("one", "all"))
-    seed: int = setting(1, "the run's seed: weights, batches, augmentation, dropout, random choices", 0)
-
-    split_seed: int = setting(SPLIT_SEED, "the split's own seed; keep it, so that results compare", 0)
-    initial: int = setting(600, "images labelled from the start", 1)
-    pool: int = setting(1000, "unlabelled images that the oracle can be asked about", 0)
-    test: int = setting(400, "test images: never scored, asked about or trained on; 0: nothing is measured", 0)
-    validation: int = setting(
-        0, "measure on so many of the labelled images, held out, in place of the test images: to choose settings by", 0
-    )
-    oracle: str = setting(
-        "simulated", "who is asked: the masks in the data file, or a person", choices=("simulated", "folder")
-    )
-
-    filters: int = setting(32, "filters of the network's first level, doubled at each of four more", 1)
-    dropout: float = setting(0.5, "share of the bottleneck dropped, in training and in Monte Carlo passes", 0)
-    initializer: str = setting("GlorotUniform", "how the weights are drawn at first", choices=INITIALIZERS)
-    learning_rate: float = setting(1e-5, "Adam's learning rate, the highest of a training", 0)
-    active_learning_rate: float = setting(0.0, "that of each iteration's training; 0: as --learning-rate", 0)
-    loss: str = setting("dice", "minus the Dice coefficient, or that plus the cross-entropy", choices=tuple(LOSSES))
-    schedule: str = setting("constant", "the learning rate within each training: unet.learning_rate", choices=SCHEDULES)
-    batch_size: int = setting(32, "images in a training step", 1)
-    initial_epochs: int = setting(10, "epochs of the initial training, with augmentation", 1)
-    active_epochs: int = setting(2, "epochs of each iteration's training", 1)
-    initial_steps: int = setting(0, "steps of the initial training; 0: as many as --initial-epochs makes", 0)
-    active_steps: int = setting(0, "steps of each iteration's training; 0: as many as --active-epochs makes", 0)
-    augment: str = setting("initial", "augment the initial training alone, or all", choices=("initial", "all"))
-    augmentation: str = setting(
-        "paper", "rotate, shift, mirror, or more: unet.augmentation", choices=("paper", "strong")
-    )
-    rotation: float = setting(40.0, "augmentation: rotation by up to so many degrees, either way", 0)
-    width_shift: float = setting(0.2, "augmentation: shift by up to this share of the width, either way", 0)
-
-    iterations: int = setting(9, "rounds of score, query, pseudo-label, train", 0)
-    passes: int = setting(20, "T, Monte Carlo dropout predictions of an image", 1)
-    uncertainty: str = setting("variance", "what the map of a pixel's passes holds: unet.mc_dropout", choices=MEASURES)
-    distance: str = setting("inside", "the score's weight: ceal.distance_weight", choices=("inside", "both", "none"))
-    query: str = setting("paper", "the three groups, or as many at random of the pool", choices=("paper", "uniform"))
-    no_detection: int = setting(10, "oracle queries with the lowest scores, per iteration", 0)
-    no_detection_rule: str = setting(
-        "lowest",
-        "empty: of those only images on which nothing is detected, more at random instead of the others",
-        choices=("lowest", "empty"),
-    )
-    most_uncertain: int = setting(10, "oracle queries with the highest scores, per iteration", 0)
-    random: int = setting(15, "oracle queries at random, per iteration", 0)
-    pseudo_start: int = setting(5, "the first iteration with pseudo-labels", 1)
-    pseudo_first: int = setting(20, "pseudo-labels in that iteration", 0)
-    pseudo_step: int = setting(20, "more pseudo-labels in each later iteration", 0)
-
-    @property
-    def asked(self):
-        """Oracle queries in an iteration."""
-        return self.no_detection + self.most_uncertain + self.random
-
-    def epoch_steps(self, images):
-        """Training steps in an epoch of so many images."""
-        return -(-images // self.batch_size)
-
-    def training_steps(self, images, iteration):
-        """Steps of this iteration's training on so many images, of the initial training if iteration is 0."""
-        steps, epochs = self.initial_steps, self.initial_epochs
-        if iteration:
-            steps, epochs = self.active_steps, self.active_epochs
-        return steps or epochs * self.epoch_steps(images)
-
-    def highest_rate(self, iteration):
-        """The highest learning rate of this iteration's training, of the initial training if iteration is 0."""
-        return (iteration and self.active_learning_rate) or self.learning_rate
-
-
 # The training that was found on labelled images: README, "Presets".
 TRAINED = {
     "initializer": "HeNormal",
@@ -208,6 +127,94 @@ PRESETS = {
         "pseudo_step": 10,
     },
 }
+
+
+@dataclasses.dataclass
+class Config:
+    """Every setting of a run. The defaults are the paper's; PAPER means its text or its published code."""
+
+    preset: str = setting("paper", "which settings to start from", choices=tuple(PRESETS))
+    data: str = setting("datasets/isic2017.h5", "the HDF5 file that data.py made; auto: draw one into the run's folder")
+    run: str = setting("auto", "the folder to write; auto: runs/PRESET-DATE-TIME")
+    precision: str = setting("float32", "what the network computes in, for training and scoring", choices=PRECISIONS)
+    deterministic: str = setting(
+        "auto", "the same bits in every run, which a GPU is slower at; auto: on a CPU", choices=("auto", "yes", "no")
+    )
+    devices: str = setting("one", "all: share every batch out among all GPUs", choices=("one", "all"))
+    seed: int = setting(1, "the run's seed: weights, batches, augmentation, dropout, random choices", 0)
+
+    split_seed: int = setting(SPLIT_SEED, "the split's own seed; keep it, so that results compare", 0)
+    initial: int = setting(600, "images labelled from the start", 1)
+    pool: int = setting(1000, "unlabelled images that the oracle can be asked about", 0)
+    test: int = setting(400, "test images: never scored, asked about or trained on; 0: nothing is measured", 0)
+    validation: int = setting(
+        0, "measure on so many of the labelled images, held out, in place of the test images: to choose settings by", 0
+    )
+    oracle: str = setting(
+        "simulated", "who is asked: the masks in the data file, or a person", choices=("simulated", "folder")
+    )
+
+    filters: int = setting(32, "filters of the network's first level, doubled at each of four more", 1)
+    dropout: float = setting(0.5, "share of the bottleneck dropped, in training and in Monte Carlo passes", 0)
+    initializer: str = setting("GlorotUniform", "how the weights are drawn at first", choices=INITIALIZERS)
+    learning_rate: float = setting(1e-5, "Adam's learning rate, the highest of a training", 0)
+    active_learning_rate: float = setting(0.0, "that of each iteration's training; 0: as --learning-rate", 0)
+    loss: str = setting("dice", "minus the Dice coefficient, or that plus the cross-entropy", choices=tuple(LOSSES))
+    schedule: str = setting("constant", "the learning rate within each training: unet.learning_rate", choices=SCHEDULES)
+    batch_size: int = setting(32, "images in a training step", 1)
+    initial_epochs: int = setting(10, "epochs of the initial training, with augmentation", 1)
+    active_epochs: int = setting(2, "epochs of each iteration's training", 1)
+    initial_steps: int = setting(0, "steps of the initial training; 0: as many as --initial-epochs makes", 0)
+    active_steps: int = setting(0, "steps of each iteration's training; 0: as many as --active-epochs makes", 0)
+    augment: str = setting("initial", "augment the initial training alone, or all", choices=("initial", "all"))
+    augmentation: str = setting(
+        "paper", "rotate, shift, mirror, or more: unet.augmentation", choices=("paper", "strong")
+    )
+    rotation: float = setting(40.0, "augmentation: rotation by up to so many degrees, either way", 0)
+    width_shift: float = setting(0.2, "augmentation: shift by up to this share of the width, either way", 0)
+
+    iterations: int = setting(9, "rounds of score, query, pseudo-label, train", 0)
+    passes: int = setting(20, "T, Monte Carlo dropout predictions of an image", 1)
+    uncertainty: str = setting("variance", "what the map of a pixel's passes holds: unet.mc_dropout", choices=MEASURES)
+    distance: str = setting("inside", "the score's weight: ceal.distance_weight", choices=("inside", "both", "none"))
+    query: str = setting(
+        "paper",
+        "the three groups; or as many at random of the pool, each image as likely or in proportion to its score",
+        choices=("paper", "uniform", "power"),
+    )
+    no_detection: int = setting(10, "oracle queries with the lowest scores, per iteration", 0)
+    no_detection_rule: str = setting(
+        "lowest",
+        "empty: of those only images on which nothing is detected, more at random instead of the others",
+        choices=("lowest", "empty"),
+    )
+    most_uncertain: int = setting(10, "oracle queries from the last bins of the scores' histogram, per iteration", 0)
+    random: int = setting(15, "oracle queries at random, per iteration", 0)
+    pseudo_start: int = setting(5, "the first iteration with pseudo-labels", 1)
+    pseudo_first: int = setting(20, "pseudo-labels in that iteration", 0)
+    pseudo_step: int = setting(20, "more pseudo-labels in each later iteration", 0)
+
+    @property
+    def asked(self):
+        """Oracle queries in an iteration."""
+        return self.no_detection + self.most_uncertain + self.random
+
+    def epoch_steps(self, images):
+        """Training steps in an epoch of so many images."""
+        return -(-images // self.batch_size)
+
+    def training_steps(self, images, iteration):
+        """Steps of this iteration's training on so many images, of the initial training if iteration is 0."""
+        steps, epochs = self.initial_steps, self.initial_epochs
+        if iteration:
+            steps, epochs = self.active_steps, self.active_epochs
+        return steps or epochs * self.epoch_steps(images)
+
+    def highest_rate(self, iteration):
+        """The highest learning rate of this iteration's training, of the initial training if iteration is 0."""
+        return (iteration and self.active_learning_rate) or self.learning_rate
+
+
 DEMO_SIZE = {"height": 64, "width": 80, "channels": 1}
 # Of one start of a run, and no settings of it.
 SWITCHES = {"wait": "watch the folder until all is answered", "partial": "go on with what is answered"}
@@ -253,7 +260,7 @@ def read_command_line(arguments=None):
         raise UserError("--wait and --partial are for a person's answers: give --oracle folder, or leave them out")
     if all(switches.values()):
         raise UserError("--wait is for all answers and --partial for some: give one of them")
-    if force and run.exists():
+    if force and ((run / "config.json").exists() or (run.is_dir() and only_ours(run))):
         aside = run.with_name(f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         with locked(run):
             run.rename(aside)
@@ -384,13 +391,13 @@ class Trainer:
 
     def load(self, path):
         """Go on from the weights, and the optimizer's state, that an iteration left."""
-        load_unet(path)  # which says what is wrong with the file
         try:
-            load_weights(self.model, path)
-        except (ValueError, UserWarning) as error:
+            load_unet(path)  # which says what is wrong with the file
+            load_weights(self.model, path)  # with the optimizer's state
+        except (UserError, ValueError, UserWarning) as error:
             raise UserError(
-                f"{path}: the optimizer's state is not in it ({in_one_line(error)}); move this iteration and all later "
-                "ones away to do them anew"
+                f"{path}: not as train.py wrote it ({in_one_line(error)}); move this iteration and all later ones away "
+                "to do them anew"
             )
 
     def fit(self, positions, labels, iteration):
@@ -611,10 +618,11 @@ def read_queries(folder, iteration, dataset):
 
 
 def forget_choices(config, run, finished):
-    """Remove the choices of so many finished iterations, whose folders hold them too. Those that a person was asked
-    about stay: an answer may come late, or the iterations be done anew."""
-    for iteration in range(finished if config.oracle == "simulated" else 0):
-        shutil.rmtree(run / f".queries_{iteration:02d}", ignore_errors=True)
+    """Remove all choices but that of the iteration after so many finished ones, whose folders hold theirs too; a later
+    one is left of iterations that are done anew. Those that a person was asked about stay: an answer may come late."""
+    for choice in run.glob(".queries_*") if config.oracle == "simulated" else ():
+        if choice.name != f".queries_{finished:02d}":
+            shutil.rmtree(choice, ignore_errors=True)
 
 
 def run_iteration(trainer, pool, pseudo, iteration, choice, folder):
@@ -676,7 +684,7 @@ def query(trainer, pool, oracle, iteration, folder):
     """
     config, candidates, started = trainer.config, pool.unlabelled, time.monotonic()
     count = ceal.pseudo_label_count(iteration, config.pseudo_start, config.pseudo_first, config.pseudo_step)
-    scored = config.query == "paper" or count > 0
+    scored = config.query != "uniform" or count > 0
     scores, dice = trainer.score(pool, iteration, trainer.record) if scored else (np.zeros(len(candidates)), None)
     (folder / ".seconds").write_text(f"{time.monotonic() - started if scored else 0:.1f}")
 
@@ -688,7 +696,7 @@ def query(trainer, pool, oracle, iteration, folder):
     if scored:
         rows = zip(ids, scores, ("" if np.isnan(value) else value for value in dice))
         write_csv(folder / "scores.csv", ["id", "uncertainty", "dice"], rows)
-        figure_scores(scores, dice, groups, folder / "scores.png")
+        figure_scores(scores, dice, groups, *ceal.histogram(scores)[2:], folder / "scores.png")
         draw_examples(trainer, candidates, scores, dice, groups, iteration, folder / "examples.png")
 
 
@@ -697,6 +705,8 @@ def choose(config, scores, iteration, pseudo_labels):
     rng = np.random.default_rng(derived_seed(config.seed, iteration, "queries"))
     if config.query == "uniform":
         groups = {"random": ceal.select_uniform(len(scores), rng, config.asked)}
+    elif config.query == "power":
+        groups = {"random": ceal.select_power(scores, rng, config.asked)}
     else:
         asked = config.no_detection, config.most_uncertain, config.random
         groups = ceal.select_queries(scores, rng, *asked, config.no_detection_rule)
@@ -780,11 +790,13 @@ def print_plan(config, dataset, parts):
 def plan_of_iteration(config):
     """What an iteration does, in words."""
     lengths = f"{config.active_steps} steps" if config.active_steps else f"{config.active_epochs} epochs"
-    how = f"{config.asked} masks at random" if config.query == "uniform" else f"{config.asked} masks"
-    scored = f"score the pool in {config.passes} passes, " if config.query == "paper" else ""
-    labels = config.pseudo_first or config.pseudo_step
-    pseudo = f"pseudo-labels from iteration {config.pseudo_start}" if labels else "no pseudo-labels"
-    return f"{scored}ask for {how}, train {lengths} at {config.highest_rate(1):g}; {pseudo}"
+    how = {"paper": "", "uniform": " at random", "power": " in proportion to the score"}[config.query]
+    scored = f"score the pool in {config.passes} passes, " if config.query != "uniform" else ""
+    pseudo = "no pseudo-labels"
+    if config.pseudo_first or config.pseudo_step:
+        choice = "" if scored else f", chosen by scores of {config.passes} passes"
+        pseudo = f"pseudo-labels from iteration {config.pseudo_start}{choice}"
+    return f"{scored}ask for {config.asked} masks{how}, train {lengths} at {config.highest_rate(1):g}; {pseudo}"
 
 
 def print_iteration(row):
@@ -801,20 +813,43 @@ PACKAGES = ["tensorflow", "keras", "numpy", "scipy", "scikit-image", "pillow", "
 
 
 def environment():
-    """What the run ran on: versions, git commit, devices, command line."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except FileNotFoundError:
-        commit = None
+    """What the run ran on: versions, git commit, processor, devices, command line."""
     return {
         "command": sys.argv,
-        "git_commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+        "git_commit": git_commit(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "platform": platform.platform(),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": os.environ.get("TF_NUM_INTRAOP_THREADS", "all"),
         "devices": [device.name for device in tf.config.list_physical_devices()],
     }
+
+
+def git_commit():
+    """The commit of these scripts, with `-dirty` if one of them was changed since; None where there is no git."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    except FileNotFoundError:
+        return None
+    return commit + "-dirty" * bool(changed) or None
+
+
+def processor():
+    """The processor's name."""
+    try:
+        info = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def find_oracle(config, dataset, parts, run, switches):
@@ -858,7 +893,7 @@ def main():
     run = Path(config.run)
     if run.exists() and not (run / "config.json").exists() and not (run.is_dir() and only_ours(run)):
         raise UserError(f"{run} exists already and is no run: give another --run, or move it away")
-    go_on = f"go on with: python train.py --run {run}"
+    go_on = f"go on with: python train.py --run {shlex.quote(str(run))}"
     with locked(run), stopped_at_once(go_on):
         print_devices()
         if config.deterministic == "yes" or (
@@ -887,7 +922,8 @@ def main():
     results = f"{run}/history.csv and {run}/dice.png hold" if len(parts.test) else f"{run}/history.csv holds"
     choices = f", {last}/ the choices and their figures" if len(history) > 1 else ""
     print(f"done: {results} the result{choices}")
-    print(f"masks for your own images: python predict.py IMAGES --weights {last}/model.weights.h5 --out masks")
+    weights = shlex.quote(f"{last}/model.weights.h5")
+    print(f"masks for your own images: python predict.py IMAGES --weights {weights} --out masks")
 
 
 def only_ours(run):

@@ -183,8 +183,9 @@ def locked(folder):
         finally:
             if folder.exists() and [path.name for path in folder.iterdir()] == [".lock"]:
                 (folder / ".lock").unlink()
-                for path in made:
-                    path.rmdir()
+                with contextlib.suppress(OSError):  # another run may be in a parent by now
+                    for path in made:
+                        path.rmdir()
 
 
 @contextlib.contextmanager
@@ -291,11 +292,11 @@ def save_figure(figure, path, vector=False):
             figure.savefig(partial, dpi=150, bbox_inches="tight", metadata=metadata)
 
 
-def figure_scores(scores, dice, groups, path):
+def figure_scores(scores, dice, groups, counts, edges, path):
     """The paper's Fig. 2: each pool image's score against its Dice, the choices in colour; the scores' histogram.
 
     scores, dice: (N,), a Dice NaN where there is no truth: these are drawn below the others; groups: dict of a name in
-    GROUPS to positions in them.
+    GROUPS to positions in them; counts, edges: of ceal.histogram.
     """
     known = np.isfinite(dice)
     figure = Figure(figsize=(7, 6), layout="constrained")
@@ -306,7 +307,7 @@ def figure_scores(scores, dice, groups, path):
         ticks = np.linspace(0, 1, 6)
         scatter.set_yticks([-0.1, *ticks], ["no truth", *(f"{tick:.1f}" for tick in ticks)])
     figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
-    draw_histogram(histogram, scores)
+    draw_histogram(histogram, counts, edges)
     figure.align_ylabels()
     save_figure(figure, path)
 
@@ -322,10 +323,9 @@ def draw_scores(ax, scores, dice, groups):
     ax.set(ylabel="Dice of the prediction", ylim=(-0.03, 1.03))
 
 
-def draw_histogram(ax, scores):
+def draw_histogram(ax, counts, edges):
     """The scores' histogram, as the choice sees it."""
-    # Scores that are equal but for rounding do not fill 80 bins.
-    ax.hist(scores, 80 if np.ptp(scores) > 1e-12 * max(1, np.max(scores)) else 1, color="0.4")
+    ax.stairs(counts, edges, fill=True, color="0.4")
     ax.set(xlabel="uncertainty score", ylabel="images", yscale="symlog")
 
 

@@ -222,6 +222,20 @@ def test_a_truncated_history_is_written_anew(half_run, whole_run):
     assert content(half_run) == content(whole_run[0])
 
 
+def test_a_later_choice_is_not_that_of_an_iteration_done_anew(half_run, whole_run):
+    """As after a stop in an iteration whose predecessor turned out to be damaged, and was moved away."""
+    shutil.copytree(half_run / "iteration_01", half_run / ".queries_03")
+    finish(start(half_run))
+    assert content(half_run) == content(whole_run[0])
+
+
+def test_force_moves_nothing_but_a_run(refused, data_file, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    assert "thesis exists already and is no run" in refused(tmp_path / "thesis", "--data", data_file, "--force")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
+
+
 def test_force_moves_the_old_run_aside(half_run, data_file):
     before = content(half_run)
     finish(start(half_run, "--data", data_file, *OPTIONS.split(), "--iterations", "0", "--force"))

@@ -205,13 +205,24 @@ def test_a_bomb_takes_no_memory_and_a_large_picture_brings_no_warning(tmp_path):
     (tmp_path / "bomb.png").write_bytes(BOMB)
     Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
     Image.new("L", (6748, 4499), 99).save(tmp_path / "real.jpg")
+    # An orientation of type ASCII; four tags more.
+    COLOR.save(tmp_path / "odd_turn.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\x006\0\0\0")
     COLOR.save(tmp_path / "odd_tags.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0" + b"\x12\x01\x03\0" * 9)
-    paths = [tmp_path / name for name in ("bomb.png", "large.png", "real.jpg", "odd_tags.jpg")]
+    paths = [tmp_path / name for name in ("bomb.png", "large.png", "real.jpg", "odd_turn.jpg", "odd_tags.jpg")]
     done = subprocess.run([sys.executable, "-c", BOMBS, ROOT, *paths], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     found = [line.rsplit(maxsplit=1) for line in done.stdout.splitlines()]
-    assert [size for size, _ in found] == ["refused", "10000 10000", "4499 6748", "48 64"]
+    assert [size for size, _ in found] == ["refused", "10000 10000", "4499 6748", "48 64", "48 64"]
     assert int(found[0][1]) < 20_000  # kB
+
+
+def test_a_large_photograph_is_read_the_same_turned_or_not(tmp_path):
+    """A JPEG is decoded at a fraction of its size; not at less than it is shrunk to, whichever way it is turned."""
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1600, 2400), np.uint8)).resize((1600, 2400))
+    upright.save(tmp_path / "upright.jpg", quality=95)
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", quality=95, exif=orientation(6))
+    one, other = (data.read_image(tmp_path / f"{name}.jpg", 192, 240, 1)[0] for name in ("upright", "turned"))
+    assert np.abs(one.astype(float) - other).mean() < 1
 
 
 # -------------------------------------------------------------------------------------------------------- predict.py

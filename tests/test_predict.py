@@ -288,6 +288,16 @@ def test_the_true_masks_are_never_overwritten(lesions, unet_weights, monkeypatch
     assert {path: path.read_bytes() for path in (lesions / "truth").iterdir()} == before
 
 
+def test_a_mask_beside_its_image_is_never_overwritten(lesions, unet_weights, monkeypatch):
+    """It may be the true one, whether it is to be compared with or not."""
+    drawn = lesions / "images" / "ISIC_0000003_segmentation.png"
+    drawn.write_bytes(b"drawn by hand")
+    with pytest.raises(predict.UserError, match=r"ISIC_0000003_segmentation.png: it would be overwritten"):
+        run_main(monkeypatch, lesions / "images", "--weights", unet_weights, "--out", lesions / "images")
+    assert drawn.read_bytes() == b"drawn by hand"
+    assert not (lesions / "images" / "ISIC_0000000_segmentation.png").exists()
+
+
 def test_a_single_image_has_no_interval(lesions, unet_weights, monkeypatch, capsys):
     image = lesions / "images" / "ISIC_0000003.jpg"
     run_main(

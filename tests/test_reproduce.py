@@ -1,6 +1,7 @@
 """reproduce.py: what each arm changes, the statistics by hand, and the whole of it on a few images."""
 
 import json
+import shutil
 import sys
 
 import h5py
@@ -43,6 +44,7 @@ def test_every_arm_is_what_its_name_says():
         "bald": "bald",
     }
     assert {arm for arm, c in config.items() if c.distance == "none"} == {"no_distance"}
+    assert {arm for arm, c in config.items() if c.query == "power"} == {"power"}
     assert {arm for arm, c in config.items() if c.no_detection_rule == "empty"} == {"empty_only"}
     assert config["uncertain_only"].most_uncertain == 35
     assert config["ceal"].most_uncertain == 10
@@ -92,6 +94,13 @@ def test_annotations_needed_are_where_the_mean_curve_first_gets_there():
     assert reproduce.needed(runs, 0.99, 0.84) == 30
     assert reproduce.needed(runs, 0.99, 1.0) is None
     assert reproduce.needed(runs, 0.95, None) is None
+
+
+def test_a_curve_reaches_a_dice_where_it_first_comes_to_it():
+    annotations, dice = np.array([100, 135, 170, 205]), np.array([0.80, 0.82, 0.81, 0.83])
+    levels = 0.79, 0.80, 0.81, 0.82, 0.825, 0.84
+    found = [reproduce.reached(annotations, dice, level) for level in levels]
+    assert found == pytest.approx([100, 100, 117.5, 135, 196.25, np.nan], nan_ok=True)
 
 
 def test_the_regions_are_counted_as_the_paper_draws_them():
@@ -199,6 +208,25 @@ def test_a_record_of_other_settings_is_refused_by_name(reproduction, monkeypatch
             start(monkeypatch, "--out", "res", *TINY.split(), "--active-learning-rate", 0.001, *more)
 
 
+def test_records_of_different_data_are_refused_by_name(reproduction, monkeypatch, tmp_path):
+    shutil.copytree(reproduction / "res" / "records", tmp_path / "res" / "records")
+    monkeypatch.chdir(tmp_path)
+    changed = tmp_path / "res/records/scarce-ceal-1/environment.json"
+    changed.write_text(json.dumps({**json.loads(changed.read_text()), "data_fingerprint": "0"}))
+    with pytest.raises(UserError, match=r"scarce-ceal-1 and .*scarce-random-2 were made with different --data"):
+        start(monkeypatch, "--out", "res", "--report", *TINY.split())
+
+
+def test_a_record_under_way_is_no_record_and_a_strange_one_is_named(reproduction, monkeypatch, tmp_path):
+    shutil.copytree(reproduction / "res" / "records", tmp_path / "res" / "records")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "res/records/.partial-scarce-bald-1").mkdir()
+    start(monkeypatch, "--out", "res", "--report", *TINY.split())
+    (tmp_path / "res/records/scarce-ceal-1-old").mkdir()
+    with pytest.raises(UserError, match="scarce-ceal-1-old: no record"):
+        start(monkeypatch, "--out", "res", "--report", *TINY.split())
+
+
 def test_iterations_of_other_settings_are_not_shared(reproduction, monkeypatch):
     monkeypatch.chdir(reproduction)
     run, folder = Run("scarce", "uncertain_only", 1), reproduction / "runs/res/scarce-uncertain_only-1"
@@ -227,6 +255,8 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
         "--seeds 0",
         "--jobs 0",
         "--report",
+        "--report --only ceal,1",
+        "--iterations 0",
         "--passes 0",
         "--test 0",
         "--oracle folder",
@@ -238,6 +268,8 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
 )
 def test_wrong_options_are_refused_by_name(wrong, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"cael|scarc:|--only|--seeds|--report|--passes 0|--test 0|each run has"):
+    with pytest.raises(
+        UserError, match=r"cael|scarc:|--only|--seeds|--report|--iterations 0|--passes 0|--test 0|each run has"
+    ):
         start(monkeypatch, "--out", "res", *wrong.split())
     assert list(tmp_path.iterdir()) == []

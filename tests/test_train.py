@@ -449,7 +449,7 @@ def test_a_scoring_goes_on_with_chunks_of_another_size(trainer, tmp_path):
 def test_training_goes_on_with_the_optimizers_state_or_not_at_all(trainer, tmp_path):
     plain, path = unet.build_unet(48, 64, filters=2), tmp_path / "plain.weights.h5"
     unet.save_unet(plain, path, [128.0], [50.0])
-    with pytest.raises(UserError, match="the optimizer's state is not in it"):
+    with pytest.raises(UserError, match=r"not as train.py wrote it .*move this iteration"):
         trainer.load(path)
 
 
