@@ -315,10 +315,10 @@ def interval(differences):
     interval is on the wide side (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007)."""
     seeds, images = map(np.arange, differences.shape)
 
-    def mean(some_seeds, some_images):
-        return differences[np.ix_(some_seeds, some_images)].mean()
+    def mean(some_seeds, some_images, axis):
+        return differences[some_seeds[..., :, None], some_images[..., None, :]].mean((-2, -1))
 
-    options = {"n_resamples": 4000, "method": "percentile", "vectorized": False}
+    options = {"n_resamples": 4000, "method": "percentile"}
     found = bootstrap((seeds, images), mean, rng=np.random.default_rng(0), **options)
     return tuple(map(float, found.confidence_interval))
 
@@ -343,12 +343,15 @@ def mean_dice(record):
     return area(record["annotations"], record["images"])
 
 
+def in_order(found):
+    """The items of what `read_records` found, in the order of REGIMES and ARMS."""
+    return sorted(found.items(), key=lambda item: (REGIMES.index(item[0][0]), [*ARMS].index(item[0][1])))
+
+
 def summarise(found):
     """The table: a dict per regime and arm."""
     rows = []
-    for (regime, arm), runs in sorted(
-        found.items(), key=lambda item: (REGIMES.index(item[0][0]), [*ARMS].index(item[0][1]))
-    ):
+    for (regime, arm), runs in in_order(found):
         ends = np.array([run["dice"][-1] for run in runs.values()])
         row = {
             "regime": regime,
@@ -416,6 +419,34 @@ def figure_curves(found, path):
     save_figure(figure, path, vector=True)
 
 
+def figure_differences(found, path):
+    """Each arm's Dice less that of `random` against annotations, over common seeds, with the 95 % interval of
+    `interval`: a panel per arm, a row per regime."""
+    rows = {}
+    for (regime, arm), runs in in_order(found):
+        baseline = found.get((regime, "random"), {})
+        seeds = len(runs.keys() & baseline.keys())
+        if arm not in ("random", "full") and seeds > 1:
+            rows.setdefault(regime, []).append((f"{arm} ({seeds} seeds)", runs, baseline))
+    if not rows:
+        return
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(1 + 2.4 * columns, 2.6 * len(rows)), layout="constrained")
+    for line, (regime, panels) in zip(figure.subplots(len(rows), columns, sharey=True, squeeze=False), rows.items()):
+        line[0].set_ylabel(f"{regime} regime:\nDice less that of random")
+        for ax, (title, runs, baseline) in zip(line, panels):
+            annotations, _ = mean_curve(runs)
+            at = [lambda run, k=k: run["images"][:, k] for k in range(len(annotations))]
+            mean, low, high = np.transpose([against_random(runs, baseline, measure) for measure in at])
+            ax.fill_between(annotations, low, high, color="0.8")
+            ax.plot(annotations, mean, "k-o", markersize=3)
+            ax.axhline(0, color="k", linewidth=0.7)
+            ax.set(title=title, xlabel="annotations")
+        for unused in line[len(panels) :]:
+            unused.set_axis_off()
+    save_figure(figure, path, vector=True)
+
+
 def reached(annotations, dice, level):
     """The annotations at which a curve, (K,) and (K,), first comes to this Dice, between its points too; NaN if it
     never does."""
@@ -429,7 +460,7 @@ def figure_saved(found, path):
     """How many annotations fewer than `random` each arm needs for the Dice that random has at the same point."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
-    for (regime, arm), runs in found.items():
+    for (regime, arm), runs in in_order(found):
         baseline = found.get((regime, "random"), {})
         seeds = runs.keys() & baseline.keys()
         if arm in ("random", "full") or not seeds:
@@ -562,12 +593,13 @@ def report(out):
         partial.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines).replace("_", " "))
     keys = "annotations", "dice", "jaccard", "pool"
     runs = {}
-    for (regime, arm), seeds in found.items():
+    for (regime, arm), seeds in in_order(found):
         runs.setdefault(regime, {})[arm] = {seed: {key: run[key] for key in keys} for seed, run in seeds.items()}
     with whole_file(out / "results.json") as partial:
         partial.write_text(json.dumps({"table": rows, "runs": runs}, indent=1) + "\n")
     figures = out / "figures"
     figure_curves(found, figures / "dice.png")
+    figure_differences(found, figures / "difference.png")
     figure_saved(found, figures / "saved.png")
     figure_pool(found, figures / "pool.png")
     for regime in REGIMES:

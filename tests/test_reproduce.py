@@ -96,6 +96,16 @@ def test_annotations_needed_are_where_the_mean_curve_first_gets_there():
     assert reproduce.needed(runs, 0.95, None) is None
 
 
+def test_full_alone_has_no_curve_and_nothing_to_be_compared_with(tmp_path):
+    found = {
+        ("scarce", "full"): {1: {"annotations": [1600], "dice": [0.8], "jaccard": [0.7], "images": np.ones((3, 1))}}
+    }
+    for draw in reproduce.figure_curves, reproduce.figure_differences, reproduce.figure_saved, reproduce.figure_pool:
+        draw(found, tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []
+    assert reproduce.summarise(found)[0]["dice"] == 0.8
+
+
 def test_a_curve_reaches_a_dice_where_it_first_comes_to_it():
     annotations, dice = np.array([100, 135, 170, 205]), np.array([0.80, 0.82, 0.81, 0.83])
     levels = 0.79, 0.80, 0.81, 0.82, 0.825, 0.84
@@ -155,7 +165,7 @@ def test_a_table_figures_and_every_number(reproduction):
     mean, low, high = results["table"][0]["dice_against_random"]
     assert low <= mean <= high
     names = {path.name for path in (out / "figures").iterdir()}
-    drawn = "dice", "saved", "pool", "scores_scarce", "regions_scarce"
+    drawn = "dice", "difference", "saved", "pool", "scores_scarce", "regions_scarce"
     assert {f"{name}.{kind}" for name in drawn for kind in ("png", "pdf")} == names
 
 
