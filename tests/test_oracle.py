@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -148,7 +149,7 @@ def test_a_whole_run_with_a_person_who_starts_with_no_masks(go, hospital, few_ma
     assert (code, err) == (0, "")
     folder = run / "annotate" / "iteration_00"
     assert f"{folder}: masks of 6 images are asked for" in out
-    assert out.splitlines()[-1].endswith(f"go on with: python train.py --run {run}")
+    assert out.splitlines()[-1].endswith(f"go on with: python train.py --run {shlex.quote(str(run))}")
     assert sorted(p.name for p in folder.iterdir()) == ["README.txt", "images", "masks", "queries.csv"]
     assert "no proposed/" in (folder / "README.txt").read_text()
     assert f"python train.py --run '{run}'" in (folder / "README.txt").read_text()
