@@ -280,7 +280,9 @@ def record_folders(out):
 
 
 def read_records(out):
-    """All records: a dict of (regime, arm) to a dict of seed to what a run has found; `full` is in both regimes."""
+    """All records: a dict of (regime, arm) to a dict of seed to what a run has found; `full` is in both regimes.
+
+    In the order of REGIMES and ARMS."""
     found = {}
     for folder in record_folders(out):
         run = Run.named(folder.name)
@@ -297,7 +299,8 @@ def read_records(out):
         for regime in REGIMES if run.arm == "full" else [run.regime]:
             found.setdefault((regime, run.arm), {})[run.seed] = record
     compared = {regime for regime, arm in found if arm != "full"} or set(REGIMES)
-    return {key: runs for key, runs in found.items() if key[0] in compared}
+    order = [(regime, arm) for regime in REGIMES if regime in compared for arm in ARMS]
+    return {key: found[key] for key in order if key in found}
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -343,15 +346,10 @@ def mean_dice(record):
     return area(record["annotations"], record["images"])
 
 
-def in_order(found):
-    """The items of what `read_records` found, in the order of REGIMES and ARMS."""
-    return sorted(found.items(), key=lambda item: (REGIMES.index(item[0][0]), [*ARMS].index(item[0][1])))
-
-
 def summarise(found):
     """The table: a dict per regime and arm."""
     rows = []
-    for (regime, arm), runs in in_order(found):
+    for (regime, arm), runs in found.items():
         ends = np.array([run["dice"][-1] for run in runs.values()])
         row = {
             "regime": regime,
@@ -423,7 +421,7 @@ def figure_differences(found, path):
     """Each arm's Dice less that of `random` against annotations, over common seeds, with the 95 % interval of
     `interval`: a panel per arm, a row per regime."""
     rows = {}
-    for (regime, arm), runs in in_order(found):
+    for (regime, arm), runs in found.items():
         baseline = found.get((regime, "random"), {})
         seeds = len(runs.keys() & baseline.keys())
         if arm not in ("random", "full") and seeds > 1:
@@ -460,7 +458,7 @@ def figure_saved(found, path):
     """How many annotations fewer than `random` each arm needs for the Dice that random has at the same point."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
-    for (regime, arm), runs in in_order(found):
+    for (regime, arm), runs in found.items():
         baseline = found.get((regime, "random"), {})
         seeds = runs.keys() & baseline.keys()
         if arm in ("random", "full") or not seeds:
@@ -593,7 +591,7 @@ def report(out):
         partial.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines).replace("_", " "))
     keys = "annotations", "dice", "jaccard", "pool"
     runs = {}
-    for (regime, arm), seeds in in_order(found):
+    for (regime, arm), seeds in found.items():
         runs.setdefault(regime, {})[arm] = {seed: {key: run[key] for key in keys} for seed, run in seeds.items()}
     with whole_file(out / "results.json") as partial:
         partial.write_text(json.dumps({"table": rows, "runs": runs}, indent=1) + "\n")
