@@ -114,7 +114,9 @@ def select_power(scores, rng, count):
     """Ours, after PowerBALD (Kirsch et al., TMLR 2023): `count` positions at random, each draw in proportion to the
     scores of what is left, or all if there are fewer. Scores of 0 come last, at random."""
     scores = np.asarray(scores, np.float64)
-    weights = np.maximum(scores, 1e-12 * scores.max(initial=0) or 1)  # which is the same for all where all are 0
+    if not len(scores):
+        return np.array([], int)
+    weights = np.maximum(scores, 1e-12 * scores.max() or 1)  # which is the same for all where all are 0
     return rng.choice(len(scores), min(count, len(scores)), replace=False, p=weights / weights.sum())
 
 

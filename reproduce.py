@@ -83,9 +83,12 @@ class Run(NamedTuple):
         """The run of this `name`; `full` in the first regime."""
         try:
             *regime, arm, seed = name.split("-")
-            return cls(*regime or REGIMES[:1], arm, int(seed))
+            run = cls(*regime or REGIMES[:1], arm, int(seed))
         except (TypeError, ValueError):
+            run = None
+        if run is None or run.arm not in ARMS or run.regime not in REGIMES:
             raise UserError(f"{name}: no record of reproduce.py has such a name; move it out of records/")
+        return run
 
 
 def configure(run, base):

@@ -154,6 +154,7 @@ def test_power_queries_are_as_likely_as_their_scores():
         assert len(set(chosen)) == 5
     assert sorted(ceal.select_power(scores, np.random.default_rng(0), 10)) == list(range(6))
     assert len(ceal.select_power(np.zeros(4), np.random.default_rng(0), 2)) == 2
+    assert len(ceal.select_power([], np.random.default_rng(0), 2)) == 0
 
 
 @settings(max_examples=200, deadline=None)

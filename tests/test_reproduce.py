@@ -232,9 +232,11 @@ def test_a_record_under_way_is_no_record_and_a_strange_one_is_named(reproduction
     monkeypatch.chdir(tmp_path)
     (tmp_path / "res/records/.partial-scarce-bald-1").mkdir()
     start(monkeypatch, "--out", "res", "--report", *TINY.split())
-    (tmp_path / "res/records/scarce-ceal-1-old").mkdir()
-    with pytest.raises(UserError, match="scarce-ceal-1-old: no record"):
-        start(monkeypatch, "--out", "res", "--report", *TINY.split())
+    for strange in "scarce-ceal-1-old", "scarce-cael-1":
+        (tmp_path / "res/records" / strange).mkdir()
+        with pytest.raises(UserError, match=f"{strange}: no record"):
+            start(monkeypatch, "--out", "res", "--report", *TINY.split())
+        (tmp_path / "res/records" / strange).rmdir()
 
 
 def test_iterations_of_other_settings_are_not_shared(reproduction, monkeypatch):
