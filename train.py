@@ -94,7 +94,7 @@ TRAINED = {
 }
 PRESETS = {
     "paper": {},
-    "tuned": TRAINED,
+    "tuned": {**TRAINED, "learning_rate": 4e-4, "initial_steps": 3000, "active_steps": 400},
     "quick": {**TRAINED, "data": "datasets/isic2017_96x128.h5", "filters": 16, "passes": 10},
     "best": {
         **TRAINED,
