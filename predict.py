@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from scipy.ndimage import binary_fill_holes
 from scipy.stats import bootstrap
 from skimage.measure import label, regionprops
@@ -41,6 +42,7 @@ SHIPPED = [Path(__file__).parent / "weights" / f"{name}.weights.h5" for name in 
 MIRRORS = ((), (1,), (2,), (1, 2))  # the axes of (N, H, W, C) that are reversed; the first: the image as it is
 THRESHOLDS = np.arange(1, 20) / 20
 BATCH = 16
+SOFTWARE = "CEAL predict.py"  # what a PNG of this program says that it was made with
 
 
 @dataclasses.dataclass
@@ -134,9 +136,20 @@ def read(path, settings):
 
 
 def save_png(pixels, path):
-    """Write uint8 pixels, whole or not at all."""
+    """Write uint8 pixels, whole or not at all, marked as this program's."""
+    note = PngInfo()
+    note.add_text("Software", SOFTWARE)
     with whole_file(path) as partial:
-        Image.fromarray(pixels).save(partial)
+        Image.fromarray(pixels).save(partial, pnginfo=note)
+
+
+def is_ours(path):
+    """Whether `save_png` wrote this file."""
+    try:
+        with open_picture(path) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except UserError:
+        return False
 
 
 def largest_part(mask):
@@ -150,11 +163,11 @@ def largest_part(mask):
 
 
 def spare_masks(images, out):
-    """Raise UserError if a mask that lies beside its image, perhaps the true one, would be overwritten."""
+    """Raise UserError if a mask that this program did not write, perhaps the true one, would be overwritten."""
     for path in images:
         mask = out / f"{path.stem}_segmentation.png"
-        if mask.exists() and path.parent.resolve() == out.resolve():
-            raise UserError(f"{mask}: it would be overwritten, and may be a true mask; give another --out")
+        if mask.exists() and not is_ours(mask):
+            raise UserError(f"{mask}: predict.py did not write it and would overwrite it; give another --out")
 
 
 def read_truth(path, size):
@@ -303,7 +316,7 @@ def read_arguments():
     add("--out", type=Path, default="masks", metavar="DIR", help="the folder for the masks (default %(default)s)")
     add("--overlay", action="store_true", help="the mask's outline drawn on the image")
     add("--uncertainty", action="store_true", help="maps (white: variance 0.25) and scores.csv (--distance inside)")
-    add("--passes", type=int, default=20, help="Monte Carlo passes of --uncertainty (default %(default)s)")
+    add("--passes", type=int, metavar="T", help="Monte Carlo passes of --uncertainty (default 20)")
     add("--truth", type=Path, metavar="DIR", help="true masks, NAME_segmentation.png: print and write the metrics")
     add("--tta", action="store_true", help="predict the image's mirrored versions too and take the mean of the four")
     add("--largest", action="store_true", help="keep the mask's largest connected part and fill its holes")
@@ -311,6 +324,9 @@ def read_arguments():
     add("--try-thresholds", action="store_true", help="print the Dice of masks cut at 0.05, 0.1, ...: needs --truth")
     add("--precision", default="float32", choices=PRECISIONS, help="what the network computes in (default float32)")
     args = parser.parse_args()
+    if args.passes and not args.uncertainty:
+        raise UserError(f"--passes {args.passes}: the masks need none; give --uncertainty for maps and scores")
+    args.passes = 20 if args.passes is None else args.passes
     if not 1 <= args.passes < 2**31:
         raise UserError(f"--passes {args.passes}: must be at least 1, and below 2**31")
     if not 0 < args.threshold < 1:

@@ -26,12 +26,16 @@ from matplotlib.figure import Figure
 from scipy.stats import bootstrap, spearmanr
 
 import ceal
+from data import Dataset
 from train import Config, read_config
 from utils import (
     GROUPS,
     UserError,
+    cores,
     draw_histogram,
     draw_scores,
+    file_fingerprint,
+    in_one_line,
     progress_bar,
     read_csv,
     run_command,
@@ -164,7 +168,7 @@ def run_all(runs, out, base, jobs):
     """Do the runs that have no record yet, `jobs` at a time. Raises UserError at the end if some failed."""
     waiting = [run for run in runs if not (out / "records" / run.name).exists()]
     work, under_way, failed = Path("runs") / out.name, {}, []
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = os.environ.get("TF_NUM_INTRAOP_THREADS") or max(1, cores() // jobs)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already; logs in {work}/", flush=True)
     try:
@@ -267,14 +271,30 @@ def rate_pool(pool, edges):
 
 
 def check_records(out, base):
-    """Raise UserError if a record was made with other settings, or the records with different data files."""
+    """The fingerprint of the data file that the records were made with, None if there is no record.
+
+    Raises UserError if one is damaged or was made with other settings, or two with different data files."""
     data = {}
     for folder in record_folders(out):
-        if different := different_setting(Run.named(folder.name), folder, base):
+        try:
+            different = different_setting(Run.named(folder.name), folder, base)
+            data[json.loads((folder / "environment.json").read_text())["data_fingerprint"]] = folder
+        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder}: not as this program wrote it ({in_one_line(error)}); move it out of records/")
+        if different:
             raise UserError(f"{folder} was made with {different}: give the settings it was made with, or another --out")
-        data[json.loads((folder / "environment.json").read_text())["data_fingerprint"]] = folder
     if len(data) > 1:
         raise UserError(f"{' and '.join(map(str, data.values()))} were made with different --data: give each its --out")
+    return next(iter(data), None)
+
+
+def check_data(path, recorded, out):
+    """Raise UserError if the data file is none, or not the one with the fingerprint `recorded`."""
+    if path == "auto":
+        return
+    with Dataset(path):
+        if recorded not in (None, file_fingerprint(path)):
+            raise UserError(f"{path} is not the file that {out}/records was made with: give another --out")
 
 
 def record_folders(out):
@@ -644,13 +664,14 @@ def main():
         raise UserError("--report is of all runs, --only one run without a report: leave one of them out")
     if not base.iterations:
         raise UserError("--iterations 0: arms do not differ before the first iteration; give more")
-    if not base.test or base.validation or base.oracle != "simulated":
+    if base.test < 2 or base.validation or base.oracle != "simulated":
         raise UserError(
-            "--test 0, --validation and --oracle folder: arms are compared on test images, and nobody is asked; leave "
-            "them out"
+            "--test 0 or 1, --validation and --oracle folder: arms are compared on test images, and nobody is asked; "
+            "leave them out"
         )
-    check_records(args.out, base)
+    recorded = check_records(args.out, base)
     if not args.report:
+        check_data(base.data, recorded, args.out)
         runs = [Run(regime, arm, seed) for regime in regimes for arm in arms for seed in seeds]
         run_all(list({run.name: run for run in runs}.values()), args.out, base, args.jobs)
     if not args.only:

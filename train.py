@@ -51,6 +51,7 @@ from unet import (
 from utils import (
     GROUPS,
     UserError,
+    cores,
     derived_seed,
     figure_examples,
     figure_history,
@@ -809,7 +810,7 @@ def print_iteration(row):
     )
 
 
-PACKAGES = ["tensorflow", "keras", "numpy", "scipy", "scikit-image", "pillow", "h5py", "matplotlib"]
+PACKAGES = ["keras", "numpy", "scipy", "scikit-image", "pillow", "h5py", "matplotlib"]
 
 
 def environment():
@@ -819,10 +820,11 @@ def environment():
         "date": time.strftime("%Y-%m-%d"),
         "git_commit": git_commit(),
         "python": platform.python_version(),
+        "tensorflow": tf.__version__,  # the package may be called tensorflow-cpu
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": os.environ.get("TF_NUM_INTRAOP_THREADS", "all"),
         "devices": [device.name for device in tf.config.list_physical_devices()],
     }

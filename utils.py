@@ -214,6 +214,11 @@ def stopped_at_once(sentence):
         os.close(writable)
 
 
+def cores():
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def file_fingerprint(path):
     """A hash of the file's whole content, a str."""
     digest = blake2b(digest_size=16)

@@ -3,6 +3,7 @@ it says of their quality, against that scorer; and its options, each against a w
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import h5py
@@ -124,6 +125,7 @@ def test_normalisation_comes_with_the_weights(lesions, unet_weights, monkeypatch
         (["truth"], "truth: no image in this folder"),
         (["images", "images/ISIC_0000003.jpg"], "would have the same mask"),
         (["images", "--passes", "0", "--uncertainty"], "--passes 0: must be at least 1"),
+        (["images", "--passes", "9"], "--passes 9: the masks need none; give --uncertainty"),
         (["images", "--weights", "images/metadata.csv"], "metadata.csv: these are no weights"),
         (["images", "--weights", "nowhere.weights.h5"], "nowhere.weights.h5: there is no such weights file"),
     ],
@@ -288,14 +290,21 @@ def test_the_true_masks_are_never_overwritten(lesions, unet_weights, monkeypatch
     assert {path: path.read_bytes() for path in (lesions / "truth").iterdir()} == before
 
 
-def test_a_mask_beside_its_image_is_never_overwritten(lesions, unet_weights, monkeypatch):
-    """It may be the true one, whether it is to be compared with or not."""
-    drawn = lesions / "images" / "ISIC_0000003_segmentation.png"
-    drawn.write_bytes(b"drawn by hand")
-    with pytest.raises(predict.UserError, match=r"ISIC_0000003_segmentation.png: it would be overwritten"):
-        run_main(monkeypatch, lesions / "images", "--weights", unet_weights, "--out", lesions / "images")
-    assert drawn.read_bytes() == b"drawn by hand"
-    assert not (lesions / "images" / "ISIC_0000000_segmentation.png").exists()
+@pytest.mark.parametrize("out", ["images", "masks"])
+def test_a_mask_that_a_person_drew_is_never_overwritten(lesions, unet_weights, monkeypatch, out):
+    """Beside its image or not, to be compared with or not; the program's own masks are."""
+    (lesions / "masks").mkdir()
+    arguments = lesions / "images", "--weights", unet_weights, "--out", lesions / out
+    run_main(monkeypatch, *arguments)
+    run_main(monkeypatch, *arguments)
+    drawn = lesions / out / "ISIC_0000003_segmentation.png"
+    shutil.copy(lesions / "truth" / drawn.name, drawn)
+    (lesions / out / "ISIC_0000000_segmentation.png").unlink()
+    before = drawn.read_bytes()
+    with pytest.raises(predict.UserError, match=r"ISIC_0000003_segmentation.png: predict.py did not write it"):
+        run_main(monkeypatch, *arguments)
+    assert drawn.read_bytes() == before
+    assert not (lesions / out / "ISIC_0000000_segmentation.png").exists()
 
 
 def test_a_single_image_has_no_interval(lesions, unet_weights, monkeypatch, capsys):

@@ -202,7 +202,7 @@ def test_what_is_done_is_not_done_again(reproduction, monkeypatch, capsys):
     monkeypatch.chdir(reproduction)
     monkeypatch.setattr(reproduce, "start", lambda *_: pytest.fail("a run was started"))
     arguments = ["--out", "res", "--seeds", 2, "--regimes", "scarce", "--arms", "ceal,random"]
-    start(monkeypatch, *arguments, *TINY.split())
+    start(monkeypatch, *arguments, "--data", "blobs.h5", *TINY.split())
     assert "4 of 4 runs are done already" in capsys.readouterr().out
     before = (reproduction / "res" / "table.csv").read_bytes()
     start(monkeypatch, "--out", "res", "--report", *TINY.split())
@@ -224,6 +224,25 @@ def test_records_of_different_data_are_refused_by_name(reproduction, monkeypatch
     changed = tmp_path / "res/records/scarce-ceal-1/environment.json"
     changed.write_text(json.dumps({**json.loads(changed.read_text()), "data_fingerprint": "0"}))
     with pytest.raises(UserError, match=r"scarce-ceal-1 and .*scarce-random-2 were made with different --data"):
+        start(monkeypatch, "--out", "res", "--report", *TINY.split())
+
+
+def test_runs_on_other_data_than_the_records_are_refused_before_they_start(reproduction, monkeypatch, tmp_path):
+    monkeypatch.chdir(reproduction)
+    monkeypatch.setattr(reproduce, "start", lambda *_: pytest.fail("a run was started"))
+    write_blobs(tmp_path / "other.h5", 58, 32, 32)
+    more = "--out", "res", "--seeds", 3, *TINY.split(), "--data"
+    with pytest.raises(UserError, match=r"other.h5 is not the file that res/records was made with"):
+        start(monkeypatch, *more, tmp_path / "other.h5")
+    with pytest.raises(UserError, match=r"none.h5: there is no such file"):
+        start(monkeypatch, *more, "none.h5")
+
+
+def test_a_damaged_record_is_refused_by_name(reproduction, monkeypatch, tmp_path):
+    shutil.copytree(reproduction / "res" / "records", tmp_path / "res" / "records")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "res/records/scarce-ceal-1/environment.json").write_text("{")
+    with pytest.raises(UserError, match=r"scarce-ceal-1: not as this program wrote it"):
         start(monkeypatch, "--out", "res", "--report", *TINY.split())
 
 
@@ -250,9 +269,10 @@ def test_iterations_of_other_settings_are_not_shared(reproduction, monkeypatch):
 
 def test_a_run_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    write_blobs(tmp_path / "few.h5", 12, 32, 32)
     with pytest.raises(UserError, match=r"1 runs failed.*runs/res/scarce-ceal-1\.log"):
-        start(monkeypatch, "--out", "res", "--regimes", "scarce", "--only", "ceal,1", "--data", "nowhere.h5")
-    assert "nowhere.h5 is not there" in (tmp_path / "runs/res/scarce-ceal-1.log").read_text()
+        start(monkeypatch, "--out", "res", "--regimes", "scarce", "--only", "ceal,1", "--data", "few.h5")
+    assert "few.h5 has 12 training images, too few" in (tmp_path / "runs/res/scarce-ceal-1.log").read_text()
     assert not (tmp_path / "res").exists()
 
 
@@ -270,7 +290,7 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
         "--report --only ceal,1",
         "--iterations 0",
         "--passes 0",
-        "--test 0",
+        "--test 1",
         "--oracle folder",
         "--validation 20",
         "--seed 3",
@@ -281,7 +301,7 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
 def test_wrong_options_are_refused_by_name(wrong, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UserError, match=r"cael|scarc:|--only|--seeds|--report|--iterations 0|--passes 0|--test 0|each run has"
+        UserError, match=r"cael|scarc:|--only|--seeds|--report|--iterations 0|--passes 0|--test 0 or 1|each run has"
     ):
         start(monkeypatch, "--out", "res", *wrong.split())
     assert list(tmp_path.iterdir()) == []
