@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import bootstrap, spearmanr
+from scipy.stats import bootstrap, spearmanr, ttest_1samp
 
 import ceal
 from data import Dataset
@@ -349,7 +349,12 @@ def interval(differences):
     return tuple(map(float, found.confidence_interval))
 
 
-def against_random(runs, baseline, measure):
+def interval_over_seeds(differences):
+    """95 % interval (Student's t) of the mean of (seed, image) over other seeds, for these images as they are."""
+    return tuple(map(float, ttest_1samp(differences.mean(1), 0).confidence_interval()))
+
+
+def against_random(runs, baseline, measure, interval=interval):
     """Mean and 95 % interval of an arm's `measure`, record -> (image,), less that of `random`, over common seeds; None
     if there are fewer than two."""
     seeds = sorted(runs.keys() & baseline.keys())
@@ -394,6 +399,7 @@ def summarise(found):
         if arm not in ("random", "full"):
             row["dice_against_random"] = against_random(runs, baseline, last_dice)
             row["area_against_random"] = against_random(runs, baseline, mean_dice)
+            row["area_on_these_images"] = against_random(runs, baseline, mean_dice, interval_over_seeds)
         rows.append(row)
     return rows
 

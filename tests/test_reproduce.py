@@ -82,6 +82,12 @@ def test_the_interval_covers_seeds_and_images():
     assert (high - low) / 2 == pytest.approx(half, rel=0.08)
 
 
+def test_the_interval_over_seeds_takes_the_images_as_they_are():
+    values = np.array([[0.1, 0.3], [0.4, 0.2], [0.6, 0.8]])  # means of seeds 0.2, 0.3, 0.7
+    half = 4.302653 * np.std([0.2, 0.3, 0.7], ddof=1) / np.sqrt(3)  # Student's t of two degrees of freedom
+    assert reproduce.interval_over_seeds(values) == pytest.approx((0.4 - half, 0.4 + half))
+
+
 def test_the_area_is_the_curves_mean_height():
     # From 100 to 200 at 0.75 on average, from 200 to 400 at 0.9: (100 * 0.75 + 200 * 0.9) / 300.
     assert reproduce.area([100, 200, 400], [0.7, 0.8, 1.0]) == pytest.approx(0.85)
