@@ -95,7 +95,13 @@ TRAINED = {
 }
 PRESETS = {
     "paper": {},
-    "tuned": {**TRAINED, "learning_rate": 4e-4, "initial_steps": 3000, "active_steps": 400},
+    "tuned": {
+        **TRAINED,
+        "learning_rate": 4e-4,
+        "active_learning_rate": 1e-4,
+        "initial_steps": 3000,
+        "active_steps": 400,
+    },
     "quick": {**TRAINED, "data": "datasets/isic2017_96x128.h5", "filters": 16, "passes": 10},
     "best": {
         **TRAINED,
