@@ -500,14 +500,14 @@ def test_every_preset_is_a_run(preset):
     assert config.initial + config.pool in (220, 1600)
 
 
-def test_tuned_is_the_papers_network_and_loop_and_quick_is_its_training_but_for_rate_and_steps():
+def test_tuned_is_the_papers_network_and_loop_and_quick_is_its_training_but_for_rates_and_steps():
     paper, tuned, quick = (dataclasses.asdict(train.read_config(["--preset", p])) for p in ("paper", "tuned", "quick"))
     training = {*train.TRAINED, "preset", "run"}
     assert {name for name in paper if paper[name] != tuned[name]} <= training
     differs = {name for name in tuned if tuned[name] != quick[name]}
     assert differs == {
         *("preset", "run", "data", "filters", "passes"),
-        *("learning_rate", "initial_steps", "active_steps"),
+        *("learning_rate", "active_learning_rate", "initial_steps", "active_steps"),
     }
 
 
