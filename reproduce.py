@@ -10,6 +10,7 @@ one has found is kept in OUT/records/; the report rests on the records alone.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -34,7 +35,6 @@ from utils import (
     cores,
     draw_histogram,
     draw_scores,
-    file_fingerprint,
     in_one_line,
     progress_bar,
     read_csv,
@@ -165,8 +165,11 @@ def start(run, folder, base, threads):
 
 
 def run_all(runs, out, base, jobs):
-    """Do the runs that have no record yet, `jobs` at a time. Raises UserError at the end if some failed."""
+    """Do the runs that have no record yet, `jobs` at a time. Raises UserError if the data are not those of the records,
+    and at the end if some failed."""
     waiting = [run for run in runs if not (out / "records" / run.name).exists()]
+    if waiting:
+        check_data(base.data, out)
     work, under_way, failed = Path("runs") / out.name, {}, []
     threads = os.environ.get("TF_NUM_INTRAOP_THREADS") or max(1, cores() // jobs)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -271,30 +274,30 @@ def rate_pool(pool, edges):
 
 
 def check_records(out, base):
-    """The fingerprint of the data file that the records were made with, None if there is no record.
-
-    Raises UserError if one is damaged or was made with other settings, or two with different data files."""
+    """Raise UserError if a record is damaged or was made with other settings, or two with different data."""
     data = {}
     for folder in record_folders(out):
-        try:
+        with as_written(folder):
             different = different_setting(Run.named(folder.name), folder, base)
-            data[json.loads((folder / "environment.json").read_text())["data_fingerprint"]] = folder
-        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder}: not as this program wrote it ({in_one_line(error)}); move it out of records/")
+            data[recorded_data(folder)] = folder
         if different:
             raise UserError(f"{folder} was made with {different}: give the settings it was made with, or another --out")
     if len(data) > 1:
         raise UserError(f"{' and '.join(map(str, data.values()))} were made with different --data: give each its --out")
-    return next(iter(data), None)
 
 
-def check_data(path, recorded, out):
-    """Raise UserError if the data file is none, or not the one with the fingerprint `recorded`."""
+def check_data(path, out):
+    """Raise UserError if the data file is none, or does not hold the images and masks of the records, if there are."""
     if path == "auto":
         return
-    with Dataset(path):
-        if recorded not in (None, file_fingerprint(path)):
-            raise UserError(f"{path} is not the file that {out}/records was made with: give another --out")
+    with Dataset(path) as dataset:
+        if {recorded_data(folder) for folder in record_folders(out)} - {dataset.fingerprint()}:
+            raise UserError(f"{path} does not hold the images and masks of {out}/records: give another --out")
+
+
+def recorded_data(folder):
+    """The fingerprint of the data that a record was made with."""
+    return json.loads((folder / "environment.json").read_text())["data_fingerprint"]
 
 
 def record_folders(out):
@@ -302,23 +305,41 @@ def record_folders(out):
     return sorted((out / "records").glob("[!.]*-*"))
 
 
+@contextlib.contextmanager
+def as_written(folder):
+    """Name the record that turns out to be damaged, in a UserError."""
+    try:
+        yield
+    except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: not as this program wrote it ({in_one_line(error)}); move it out of records/")
+
+
+def read_record(folder):
+    """What a run has found: a dict."""
+    history, test = read_csv(folder / "history.csv"), read_csv(folder / "test_dice.csv")
+    names = [name for name in test[0] if name != "id"]
+    record = {
+        "annotations": [int(row["annotations"]) for row in history],
+        "dice": [float(row["dice"]) for row in history],
+        "jaccard": [float(row["jaccard"]) for row in history],
+        "images": np.array([[float(row[name]) for name in names] for row in test]),  # (image, iteration)
+        "pool": read_csv(folder / "pool.csv") if (folder / "pool.csv").exists() else [],
+        "folder": folder,
+    }
+    if record["images"].shape[1] != len(history):
+        raise ValueError(f"{len(history)} rows in history.csv, {len(names)} iterations in test_dice.csv")
+    return record
+
+
 def read_records(out):
-    """All records: a dict of (regime, arm) to a dict of seed to what a run has found; `full` is in both regimes.
+    """All records: a dict of (regime, arm) to a dict of seed to `read_record`; `full` is in both regimes.
 
     In the order of REGIMES and ARMS."""
     found = {}
     for folder in record_folders(out):
         run = Run.named(folder.name)
-        history, test = read_csv(folder / "history.csv"), read_csv(folder / "test_dice.csv")
-        names = [name for name in test[0] if name != "id"]
-        record = {
-            "annotations": [int(row["annotations"]) for row in history],
-            "dice": [float(row["dice"]) for row in history],
-            "jaccard": [float(row["jaccard"]) for row in history],
-            "images": np.array([[float(row[name]) for name in names] for row in test]),  # (image, iteration)
-            "pool": read_csv(folder / "pool.csv") if (folder / "pool.csv").exists() else [],
-            "folder": folder,
-        }
+        with as_written(folder):
+            record = read_record(folder)
         for regime in REGIMES if run.arm == "full" else [run.regime]:
             found.setdefault((regime, run.arm), {})[run.seed] = record
     compared = {regime for regime, arm in found if arm != "full"} or set(REGIMES)
@@ -354,14 +375,14 @@ def interval_over_seeds(differences):
     return tuple(map(float, ttest_1samp(differences.mean(1), 0).confidence_interval()))
 
 
-def against_random(runs, baseline, measure, interval=interval):
-    """Mean and 95 % interval of an arm's `measure`, record -> (image,), less that of `random`, over common seeds; None
-    if there are fewer than two."""
+def against_random(runs, baseline, measure, interval_of=interval):
+    """Mean of an arm's `measure`, record -> (image,), less that of `random`, over common seeds, and its 95 % interval;
+    None if there are fewer than two."""
     seeds = sorted(runs.keys() & baseline.keys())
     if len(seeds) < 2:
         return None
     differences = np.stack([measure(runs[seed]) - measure(baseline[seed]) for seed in seeds])
-    return float(differences.mean()), *interval(differences)
+    return float(differences.mean()), *interval_of(differences)
 
 
 def last_dice(record):
@@ -675,9 +696,8 @@ def main():
             "--test 0 or 1, --validation and --oracle folder: arms are compared on test images, and nobody is asked; "
             "leave them out"
         )
-    recorded = check_records(args.out, base)
+    check_records(args.out, base)
     if not args.report:
-        check_data(base.data, recorded, args.out)
         runs = [Run(regime, arm, seed) for regime in regimes for arm in arms for seed in seeds]
         run_all(list({run.name: run for run in runs}.values()), args.out, base, args.jobs)
     if not args.only:

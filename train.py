@@ -56,7 +56,6 @@ from utils import (
     figure_examples,
     figure_history,
     figure_scores,
-    file_fingerprint,
     in_one_line,
     locked,
     map_in_order,
@@ -876,7 +875,7 @@ def find_oracle(config, dataset, parts, run, switches):
 
 def begin(config, dataset, run):
     """Write config.json and environment.json, or, where an earlier start did, see that the data are the same."""
-    fingerprint, path = file_fingerprint(dataset.path), run / "environment.json"
+    fingerprint, path = dataset.fingerprint(), run / "environment.json"
     if (run / "config.json").exists():
         try:
             stored = json.loads(path.read_text())["data_fingerprint"]
@@ -884,7 +883,8 @@ def begin(config, dataset, run):
             raise UserError(f"{path}: not as train.py wrote it ({error}); put it back, or give another --run")
         if stored != fingerprint:
             raise UserError(
-                f"{dataset.path} is not the file that {run} was begun with; put that back, or give another --run"
+                f"{dataset.path} does not hold the images and masks that {run} was begun with; put them back, or give "
+                "another --run"
             )
         return
     for name, content in (

@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
+from conftest import write_blobs
 from PIL import Image
 
 import data
@@ -736,3 +738,18 @@ def test_an_almost_square_image_that_is_turned_keeps_its_size(tmp_path):
     exif[0x0112] = 6
     path = save(tmp_path / "turned.jpg", np.zeros((999, 1000, 3)), exif=exif)
     assert data.read_image(path, 32, 48, 1)[1] == (1000, 999)
+
+
+def test_the_same_content_has_the_same_fingerprint_wherever_and_whenever_it_is_written(tmp_path):
+    first = write_blobs(tmp_path / "first.h5", 3, 32, 32)
+    time.sleep(1.1)  # HDF5 notes the second
+    again = write_blobs(tmp_path / "again.h5", 3, 32, 32)
+    assert first.read_bytes() != again.read_bytes()
+    with data.Dataset(first) as dataset:
+        expected = dataset.fingerprint()
+    with data.Dataset(again) as dataset:
+        assert dataset.fingerprint() == expected
+    with h5py.File(again, "a") as file:
+        file["masks"][2, 4, 4] = 1 - file["masks"][2, 4, 4]
+    with data.Dataset(again) as dataset:
+        assert dataset.fingerprint() != expected

@@ -195,7 +195,7 @@ def test_other_settings_and_other_data_are_refused_by_name(refused, half_run, da
     try:
         with h5py.File(data_file, "a") as file:
             file["masks"][3] = 1 - file["masks"][3]
-        assert f"{data_file} is not the file that" in refused(half_run)
+        assert f"{data_file} does not hold the images and masks that" in refused(half_run)
     finally:
         data_file.write_bytes(before)
 

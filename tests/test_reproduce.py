@@ -238,16 +238,21 @@ def test_runs_on_other_data_than_the_records_are_refused_before_they_start(repro
     monkeypatch.setattr(reproduce, "start", lambda *_: pytest.fail("a run was started"))
     write_blobs(tmp_path / "other.h5", 58, 32, 32)
     more = "--out", "res", "--seeds", 3, *TINY.split(), "--data"
-    with pytest.raises(UserError, match=r"other.h5 is not the file that res/records was made with"):
+    with pytest.raises(UserError, match=r"other.h5 does not hold the images and masks of res/records"):
         start(monkeypatch, *more, tmp_path / "other.h5")
     with pytest.raises(UserError, match=r"none.h5: there is no such file"):
         start(monkeypatch, *more, "none.h5")
 
 
-def test_a_damaged_record_is_refused_by_name(reproduction, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("environment.json", "{"), ("history.csv", ""), ("history.csv", "annotations,dice,jaccard\n100,0.8,0.7\n")]
+    + [("test_dice.csv", content) for content in ("", "id,iteration_00\na,0.8\n", "id,iteration_00\na,?\n")],
+)
+def test_a_damaged_record_is_refused_by_name(reproduction, monkeypatch, tmp_path, file, content):
     shutil.copytree(reproduction / "res" / "records", tmp_path / "res" / "records")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "res/records/scarce-ceal-1/environment.json").write_text("{")
+    (tmp_path / "res/records/scarce-ceal-1" / file).write_text(content)
     with pytest.raises(UserError, match=r"scarce-ceal-1: not as this program wrote it"):
         start(monkeypatch, "--out", "res", "--report", *TINY.split())
 
