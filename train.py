@@ -105,7 +105,7 @@ PRESETS = {
     "best": {
         **TRAINED,
         "data": "datasets/isic2017_rgb_96x128.h5",
-        "filters": 16,
+        "learning_rate": 5e-4,
         "initial": 1600,
         "pool": 0,
         "iterations": 0,
