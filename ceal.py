@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import h5py
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion, distance_transform_edt
 
-from data import open_mask, open_picture, shrink_mask
+from data import open_mask, open_picture, shrink_mask, upright
 from utils import UserError, print_error, read_csv, resize_map, whole_file, whole_folder, write_csv
 
 BINS = 80  # of the histogram of scores [C]
@@ -490,7 +490,7 @@ class FolderOracle:
                 raise UserError(f"{original}: the image cannot be read ({error.strerror}); put it back where it was")
             (folder / "images" / f"{id}{original.suffix}").write_bytes(content)
             with open_picture(original, io.BytesIO(content)) as picture:
-                picture = ImageOps.exif_transpose(picture)
+                picture = upright(picture)
         if picture.size[::-1] != size:
             raise UserError(f"{original}: is not the image that it was ({size[0]}x{size[1]}); put that back")
         if proposal:

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import struct
 import unicodedata
 import warnings
 from collections import Counter
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from scipy import fft, ndimage
 
 from utils import LARGEST_SIDE, UserError, in_one_line, map_in_order, reserve, run_command, track, whole_file
@@ -42,7 +43,12 @@ NEAR_DUPLICATES = [
 ]
 # The kinds of picture that are read, whatever their names: Pillow knows others, some of which start a program.
 FORMATS = ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on a bad file
+# What Pillow raises on a bad file.
+UNREADABLE = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError)
+UNREADABLE += (struct.error, Image.DecompressionBombError)
+# How to turn a picture by its orientation in EXIF.
+_FLIPS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURNS = {number: Image.Transpose[name] for number, name in enumerate(_FLIPS.split(), 2)}
 # A picture is read or refused: what Pillow wonders about beside that, its size or its tags, helps nobody.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -160,6 +166,23 @@ def open_picture(path, file=None):
         raise UserError(f"{path}: not a readable picture ({error}); get or export it again")
 
 
+def _orientation(picture):
+    """How the picture is to be turned, a number of EXIF's; if that is damaged, the pixels need not be."""
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation)
+    except UNREADABLE:
+        return None
+
+
+def upright(picture):
+    """The picture of `open_picture` as it is to be displayed.
+
+    Pillow's own `exif_transpose` writes all of EXIF anew, and fails where that is odd."""
+    picture.load()  # which turns a TIFF, and removes its orientation
+    turn = TURNS.get(_orientation(picture))
+    return picture if turn is None else picture.transpose(turn)
+
+
 def read_image(path, height, width, channels):
     """One picture at the network's size: (uint8 (height, width, channels), its original (height, width)).
 
@@ -170,11 +193,11 @@ def read_image(path, height, width, channels):
     with open_picture(path) as picture:
         if picture.mode.startswith(("I", "F")):
             raise UserError(f"{path}: more than 8 bits per channel; save it with 8")
-        turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        turned = _orientation(picture) in (5, 6, 7, 8)
         original = picture.size if turned else picture.size[::-1]  # as displayed: (height, width)
         # A JPEG decodes at 1/2, 1/4 or 1/8 of its size, in grey if asked: far less work, the same result.
         picture.draft(mode, (height, width) if turned else (width, height))
-        picture = ImageOps.exif_transpose(picture)
+        picture = upright(picture)
         picture = picture.convert("RGBA") if "transparency" in picture.info else picture  # else Pillow warns
         pixels = np.asarray(picture.convert(mode).resize((width, height), Image.Resampling.BILINEAR))
     return pixels.reshape(height, width, channels), original
@@ -192,7 +215,7 @@ def open_mask(path, file=None):
             raise UserError(f"{path}: a JPEG blurs a mask's outline; save the mask as PNG")
         if getattr(picture, "n_frames", 1) > 1:
             raise UserError(f"{path}: {picture.n_frames} pages; save the mask as one picture without layers")
-        ImageOps.exif_transpose(picture, in_place=True)
+        picture = upright(picture)
         picture = picture if picture.mode == "L" else _in_grey(picture)  # which would copy many megapixels
     counts = np.array(picture.histogram())
     (values,) = np.nonzero(counts)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from scipy.ndimage import binary_fill_holes
 from scipy.stats import bootstrap
@@ -24,7 +24,7 @@ from skimage.measure import label, regionprops
 from skimage.segmentation import find_boundaries
 
 from ceal import uncertainty_score
-from data import NOT_AN_IMAGE, SUFFIXES, normalise, open_picture, read_image, read_mask
+from data import NOT_AN_IMAGE, SUFFIXES, normalise, open_picture, read_image, read_mask, upright
 from unet import PRECISIONS, load_unet, mc_dropout, print_devices
 from utils import (
     UserError,
@@ -210,7 +210,7 @@ def save_results(path, size, prediction, variance, mean, options):
         save_png(grey, options.out / "uncertainty" / f"{path.stem}_uncertainty.png")
     if options.overlay:
         with open_picture(path) as picture:
-            pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+            pixels = np.array(upright(picture).convert("RGB"))
         pixels[find_boundaries(mask, mode="thick")] = 0, 255, 255
         save_png(pixels, options.out / "overlay" / f"{path.stem}_overlay.png")
     score = None if variance is None else uncertainty_score(variance, mean)

@@ -65,6 +65,9 @@ ARMS = {
 PLACE = "run", "data", "devices", "deterministic"
 STYLES = dict(zip(ARMS, ["k-o", "k--s", "b-^", "m-*", "c-h", "b--v", "g-D", "g--P", "r-x", "r--+", "k:"]))
 REGIMES = "scarce", "paper"
+# The columns of a record's pool.csv: what `rate_pool` gives.
+REGIONS = "certain_and_poor", "most_uncertain_region", "certain_and_right", "uncertain_region"
+POOL = "iteration", "pool", "correlation", *REGIONS, "dice_pool", *(f"dice_{group}" for group in GROUPS)
 ARROW = {"arrowstyle": "->", "linewidth": 0.7}
 FAILURE = 0.788  # the Dice at a Jaccard of 0.65, below which the challenge counts a mask as failed
 
@@ -210,25 +213,31 @@ def print_run(run, out):
 
 def keep_record(run, folder, out):
     """Put what a finished run has found, without weights and pictures, into OUT/records/."""
-    iterations = sorted(folder.glob("iteration_??"))
+    iterations = sorted(folder.glob("iteration_*"), key=iteration_number)
     with whole_folder(out / "records" / run.name) as record:
         for name in "config.json", "environment.json", "history.csv":
             shutil.copy(folder / name, record)
-        tests = [read_csv(iteration / "test.csv") for iteration in iterations]
-        rows = zip(*([round(float(row["dice"]), 4) for row in test] for test in tests))
+        with as_written(folder):
+            tests = [read_csv(iteration / "test.csv") for iteration in iterations]
+            rows = list(zip(*([round(float(row["dice"]), 4) for row in test] for test in tests), strict=True))
         header = ["id", *(iteration.name for iteration in iterations)]
         write_csv(record / "test_dice.csv", header, ((row["id"], *dice) for row, dice in zip(tests[0], rows)))
         scored = [iteration for iteration in iterations if (iteration / "scores.csv").exists()]
         if scored:
             pools = [read_pool(iteration) for iteration in scored]
             edges = region_edges(pools[0]["score"])
-            rows = [{"iteration": int(i.name[-2:]), **rate_pool(pool, edges)} for i, pool in zip(scored, pools)]
-            write_csv(record / "pool.csv", rows[0], (row.values() for row in rows))
+            rows = [{"iteration": iteration_number(i), **rate_pool(pool, edges)} for i, pool in zip(scored, pools)]
+            write_csv(record / "pool.csv", POOL, ([row[name] for name in POOL] for row in rows))
         if scored and run.arm == "ceal" and run.seed == 1:  # for the paper's figures
             for iteration in scored:
                 pictures = ["examples.png"] if iteration in (scored[0], scored[-1]) else []
                 for name in "scores.csv", "queries.csv", *pictures:
                     shutil.copy(iteration / name, record / f"{iteration.name}_{name}")
+
+
+def iteration_number(path):
+    """7, of .../iteration_07 or .../iteration_07_scores.csv."""
+    return int(path.name.split("_")[1])
 
 
 def read_pool(folder):
@@ -311,20 +320,30 @@ def as_written(folder):
     try:
         yield
     except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: not as this program wrote it ({in_one_line(error)}); move it out of records/")
+        raise UserError(f"{folder}: not as this program wrote it ({in_one_line(error)}); move it away")
+
+
+def read_pools(folder):
+    """The pools of `read_pool` that a record keeps, a dict of iteration to pool."""
+    pools = {}
+    for file in sorted(folder.glob("iteration_*_scores.csv")):
+        queries = file.with_name(file.name.replace("scores", "queries"))
+        pools[iteration_number(file)] = join_pool(read_csv(file), read_csv(queries))
+    return pools
 
 
 def read_record(folder):
     """What a run has found: a dict."""
     history, test = read_csv(folder / "history.csv"), read_csv(folder / "test_dice.csv")
     names = [name for name in test[0] if name != "id"]
+    pool = read_csv(folder / "pool.csv") if (folder / "pool.csv").exists() else []
     record = {
         "annotations": [int(row["annotations"]) for row in history],
         "dice": [float(row["dice"]) for row in history],
         "jaccard": [float(row["jaccard"]) for row in history],
         "images": np.array([[float(row[name]) for name in names] for row in test]),  # (image, iteration)
-        "pool": read_csv(folder / "pool.csv") if (folder / "pool.csv").exists() else [],
-        "folder": folder,
+        "pool": [{name: json.loads(row[name] or "null") for name in POOL} for row in pool],
+        "pools": read_pools(folder),
     }
     if record["images"].shape[1] != len(history):
         raise ValueError(f"{len(history)} rows in history.csv, {len(names)} iterations in test_dice.csv")
@@ -449,10 +468,9 @@ def figure_curves(found, path):
         return
     figure = Figure(figsize=(6 * len(regimes), 4.5), layout="constrained")
     for ax, regime in zip(figure.subplots(1, len(regimes), squeeze=False)[0], regimes):
-        for arm, style in STYLES.items():
-            runs = found.get((regime, arm))
-            if not runs:
-                continue
+        arms = [arm for arm in STYLES if (regime, arm) in found]
+        for place, arm in enumerate(arms):
+            runs = found[regime, arm]
             annotations, dice = mean_curve(runs)
             spread = np.std([run["dice"] for run in runs.values()], 0, ddof=min(1, len(runs) - 1))
             if arm == "full":
@@ -460,7 +478,9 @@ def figure_curves(found, path):
                     dice[-1], color="k", linestyle=":", label=f"full, {annotations[-1]:.0f} labels ({len(runs)})"
                 )
             else:
-                ax.errorbar(annotations, dice, spread, fmt=style, markersize=4, capsize=2, label=f"{arm} ({len(runs)})")
+                aside = annotations + 2 * (place - (len(arms) - 1) / 2)  # or the arms' bars would hide each other
+                label = f"{arm} ({len(runs)})"
+                ax.errorbar(aside, dice, spread, fmt=STYLES[arm], markersize=4, capsize=2, label=label)
         ax.set(xlabel="annotations", ylabel="Dice on the test images", title=f"{regime} regime")
         ax.legend(title="arm (seeds)", fontsize=8)
         ax.grid(alpha=0.3)
@@ -537,15 +557,6 @@ def draw_regions(ax, pool, edges, title):
     ax.set(title=title, xlabel="uncertainty score")
 
 
-def read_pools(record):
-    """The pools of `read_pool` that a record keeps, a dict of iteration to pool."""
-    pools = {}
-    for file in sorted(record["folder"].glob("iteration_*_scores.csv")):
-        queries = file.with_name(file.name.replace("scores", "queries"))
-        pools[int(file.name.split("_")[1])] = join_pool(read_csv(file), read_csv(queries))
-    return pools
-
-
 def figure_scores(pools, path):
     """The paper's Fig. 2: score against Dice after the initial training, the four regions named, and the histogram."""
     pool, figure = pools[min(pools)], Figure(figsize=(7, 6), layout="constrained")
@@ -588,10 +599,10 @@ def figure_pool(found, path):
     tables = [run["pool"] for run in runs.values()]
 
     def mean(name):
-        columns = [[float(row[name] or "nan") for row in table] for table in tables]
+        columns = [[np.nan if row[name] is None else row[name] for row in table] for table in tables]
         return np.ma.masked_invalid(columns).mean(0).filled(np.nan)  # without a warning where a group is empty
 
-    iterations = [int(row["iteration"]) for row in tables[0]]
+    iterations = [row["iteration"] for row in tables[0]]
     figure = Figure(figsize=(13, 4), layout="constrained")
     regions, correlation, quality = figure.subplots(1, 3)
     names = "certain_and_right", "uncertain_region", "most_uncertain_region", "certain_and_poor"
@@ -651,8 +662,8 @@ def report(out):
     figure_saved(found, figures / "saved.png")
     figure_pool(found, figures / "pool.png")
     for regime in REGIMES:
-        pools = read_pools(found[regime, "ceal"][1]) if 1 in found.get((regime, "ceal"), {}) else None
-        if pools:
+        first = found.get((regime, "ceal"), {}).get(1)
+        if first and (pools := first["pools"]):
             figure_scores(pools, figures / f"scores_{regime}.png")
             figure_regions(pools, figures / f"regions_{regime}.png")
     print((out / "table.md").read_text())

@@ -679,6 +679,9 @@ def finished_iterations(run, dataset, pool, oracle):
                 f"{folder}: not as train.py wrote it ({error}); move it and all later ones away to do them anew"
             )
         history.append(row)
+    numbers = (path.name.partition("_")[2] for path in run.glob("iteration_*"))
+    if any(number.isdecimal() and int(number) >= len(history) for number in numbers):
+        raise UserError(f"{folder} is missing, and later ones are there: put it back, or move all later ones away too")
     return history
 
 

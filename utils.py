@@ -219,15 +219,6 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def file_fingerprint(path):
-    """A hash of the file's whole content, a str."""
-    digest = blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def read_csv(path):
     """The rows of a csv file, a list of dict."""
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:

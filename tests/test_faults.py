@@ -216,6 +216,12 @@ def test_a_damaged_run_is_refused_by_name(refused, half_run, named, file, spoil)
     assert f"{half_run / named}: " in refused(half_run)
 
 
+def test_a_gap_in_the_iterations_is_refused_by_name(refused, half_run):
+    """What comes after the gap belongs to another network than the one that would be trained to fill it."""
+    (half_run / "iteration_00").rename(half_run / "iteration_00_old")
+    assert f"{half_run / 'iteration_00'} is missing, and later ones are there" in refused(half_run)
+
+
 def test_a_truncated_history_is_written_anew(half_run, whole_run):
     (half_run / "history.csv").write_text("iteration,anno")
     finish(start(half_run))

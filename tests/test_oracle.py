@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from hashlib import blake2b
 from pathlib import Path
 
 import h5py
@@ -23,7 +24,7 @@ import ceal
 import data
 import train
 from data import Dataset, shrink_mask
-from utils import UserError, file_fingerprint, read_csv, write_csv
+from utils import UserError, read_csv, write_csv
 
 KILLS = int(os.environ.get("KILLS", 2))
 SIZE = 32, 48
@@ -191,7 +192,8 @@ def test_a_whole_run_with_a_person_who_starts_with_no_masks(go, hospital, few_ma
     assert "iteration 0: 5 annotations" in out
     assert kept(run)[first[5]][:4] == (0, "", "not a lesion, a tattoo", None)
     np.testing.assert_array_equal(kept(run)[first[4]][3], truths[first[4]])
-    assert kept(run)[first[0]][1] == file_fingerprint(folder / "masks" / f"{first[0]}.png")
+    handed_in = (folder / "masks" / f"{first[0]}.png").read_bytes()
+    assert kept(run)[first[0]][1] == blake2b(handed_in, digest_size=16).hexdigest()
     assert trained[0].keys() == set(first[:5])
     for id in first[:5]:
         original = Image.fromarray(255 * truths[id].astype(np.uint8))

@@ -216,6 +216,26 @@ def test_a_bomb_takes_no_memory_and_a_large_picture_brings_no_warning(tmp_path):
     assert int(found[0][1]) < 20_000  # kB
 
 
+TURNED = struct.pack("<HHLL", 0x0112, 3, 1, 6)  # an entry of EXIF: tag, type, count, value
+# At which Pillow's `exif_transpose` fails: a header cut off, a text where a fraction is due.
+ODD_EXIF = {
+    "header": (b"II*\0", (48, 64)),
+    "fraction": (b"II*\0\x08\0\0\0\x02\0" + TURNED + struct.pack("<HHLLL", 0x011A, 2, 2, 0x36, 0), (64, 48)),
+}
+
+
+@pytest.mark.parametrize("name", ODD_EXIF)
+def test_odd_notes_beside_the_pixels_are_no_reason_to_refuse_them(tmp_path, name):
+    exif, size = ODD_EXIF[name]
+    for kind, picture, read in (
+        ("jpg", COLOR, data.read_image),
+        ("png", INVERTED.point(lambda v: 255 * (v > 99)), data.read_mask),
+    ):
+        path = tmp_path / f"x.{kind}"
+        picture.save(path, exif=b"Exif\0\0" + exif)
+        assert read(path, 32, 48, *([1] if kind == "jpg" else []))[1] == size
+
+
 def test_a_large_photograph_is_read_the_same_turned_or_not(tmp_path):
     """A JPEG is decoded at a fraction of its size; not at less than it is shrunk to, whichever way it is turned."""
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1600, 2400), np.uint8)).resize((1600, 2400))

@@ -13,7 +13,7 @@ from scipy.stats import norm
 import reproduce
 from reproduce import Run, configure
 from train import read_config
-from utils import UserError, read_csv
+from utils import UserError, read_csv, write_csv
 
 PAPER = read_config([])
 RUNS = [Run(regime, arm, 1) for regime in reproduce.REGIMES for arm in reproduce.ARMS]
@@ -185,6 +185,22 @@ def test_a_record_holds_each_test_images_dice_and_no_weights(reproduction):
             assert mean == pytest.approx(float(row["dice"]), abs=1e-4)
 
 
+def test_a_record_holds_all_iterations_in_their_order(tmp_path):
+    """Of as many test images each, and of more than a hundred iterations."""
+    for k in range(102):
+        write_csv(tmp_path / "run" / f"iteration_{k:02d}" / "test.csv", ["id", "dice"], [["a", k / 200], ["b", 1]])
+    for name in "config.json", "environment.json", "history.csv":
+        (tmp_path / "run" / name).touch()
+    reproduce.keep_record(Run("scarce", "random", 1), tmp_path / "run", tmp_path)
+    (row, _) = read_csv(tmp_path / "records" / "scarce-random-1" / "test_dice.csv")
+    assert list(row.values()) == ["a", *(str(k / 200) for k in range(102))]
+
+    write_csv(tmp_path / "run" / "iteration_07" / "test.csv", ["id", "dice"], [["a", 1]])
+    with pytest.raises(UserError, match="run: not as this program wrote it"):
+        reproduce.keep_record(Run("scarce", "random", 2), tmp_path / "run", tmp_path)
+    assert [path.name for path in (tmp_path / "records").iterdir()] == ["scarce-random-1"]
+
+
 def test_an_arm_that_begins_with_anothers_iterations_is_the_same_as_one_that_does_not(reproduction, monkeypatch):
     """The later arm, done alone."""
     monkeypatch.chdir(reproduction)
@@ -247,7 +263,8 @@ def test_runs_on_other_data_than_the_records_are_refused_before_they_start(repro
 @pytest.mark.parametrize(
     ("file", "content"),
     [("environment.json", "{"), ("history.csv", ""), ("history.csv", "annotations,dice,jaccard\n100,0.8,0.7\n")]
-    + [("test_dice.csv", content) for content in ("", "id,iteration_00\na,0.8\n", "id,iteration_00\na,?\n")],
+    + [("test_dice.csv", content) for content in ("", "id,iteration_00\na,0.8\n", "id,iteration_00\na,?\n")]
+    + [("pool.csv", "iteration,pool\n1,40\n"), ("iteration_01_queries.csv", "id\na\n")],
 )
 def test_a_damaged_record_is_refused_by_name(reproduction, monkeypatch, tmp_path, file, content):
     shutil.copytree(reproduction / "res" / "records", tmp_path / "res" / "records")
