@@ -58,12 +58,15 @@ ARMS = {
     "bald": {"uncertainty": "bald"},
     "random": {"query": "uniform", **NO_PSEUDO},
     "random_pseudo": {"query": "uniform"},
-    # All labelled from the start; the other rate, which nothing would use, is no difference between records.
+    "no_queries": {"query": "none", **NO_PSEUDO},
+    "full_in_stages": {"query": "none", **NO_PSEUDO},
+    # The other rate, which nothing would use, is no difference between records.
     "full": {"iterations": 0, "active_learning_rate": 0.0},
 }
+FULL = "full_in_stages", "full"  # all labelled from the start, so that the regimes do not differ
 # Settings in which runs that are compared may differ: where they were done, and what does not change a result.
 PLACE = "run", "data", "devices", "deterministic"
-STYLES = dict(zip(ARMS, ["k-o", "k--s", "b-^", "m-*", "c-h", "b--v", "g-D", "g--P", "r-x", "r--+", "k:"]))
+STYLES = dict(zip(ARMS, ["k-o", "k--s", "b-^", "m-*", "c-h", "b--v", "g-D", "g--P", "r-x", "r--+", "y-.", "k-.", "k:"]))
 REGIMES = "scarce", "paper"
 # The columns of a record's pool.csv: what `rate_pool` gives.
 REGIONS = "certain_and_poor", "most_uncertain_region", "certain_and_right", "uncertain_region"
@@ -82,12 +85,11 @@ class Run(NamedTuple):
 
     @property
     def name(self):
-        # With all labelled from the start, the regimes do not differ.
-        return f"{self.arm}-{self.seed}" if self.arm == "full" else f"{self.regime}-{self.arm}-{self.seed}"
+        return f"{self.arm}-{self.seed}" if self.arm in FULL else f"{self.regime}-{self.arm}-{self.seed}"
 
     @classmethod
     def named(cls, name):
-        """The run of this `name`; `full` in the first regime."""
+        """The run of this `name`; one of FULL in the first regime."""
         try:
             *regime, arm, seed = name.split("-")
             run = cls(*regime or REGIMES[:1], arm, int(seed))
@@ -101,15 +103,17 @@ class Run(NamedTuple):
 def configure(run, base):
     """The run's train.Config, changed from that of all runs.
 
-    All arms have the same test images, the same weights at first, the same optimizer steps; all but `full` the same
-    number of annotations. The scarce regime begins with a sixth of the labels.
+    All arms have the same test images, the same weights at first, the same optimizer steps; all but FULL and
+    `no_queries` the same number of annotations. The scarce regime begins with a sixth of the labels.
     """
     labelled, half_way = base.initial + base.pool, base.initial + base.iterations * base.asked // 2
     initial_steps, active_steps = base.training_steps(base.initial, 0), base.training_steps(half_way, 1)
     initial = base.initial if run.regime == "paper" else base.initial // 6
     changes = dict(ARMS[run.arm])
+    if run.arm in FULL:
+        initial = labelled
     if run.arm == "full":
-        initial, initial_steps = labelled, initial_steps + base.iterations * active_steps
+        initial_steps += base.iterations * active_steps
     if run.arm == "uncertain_only":
         changes["most_uncertain"] = base.asked
     steps = {"initial_steps": initial_steps, "active_steps": active_steps}
@@ -118,7 +122,7 @@ def configure(run, base):
 
 def common_iterations(run, other, base):
     """How many iterations two runs have in common, being the same up to there, bit for bit on a CPU."""
-    if "full" in (run.arm, other.arm) or run[::2] != other[::2] or run == other:
+    if {*FULL} & {run.arm, other.arm} or run[::2] != other[::2] or run == other:
         return 0
     mine, theirs = (dataclasses.replace(configure(r, base), **NO_PSEUDO) for r in (run, other))
     return min(base.pseudo_start, base.iterations + 1) if mine == theirs else 1
@@ -351,7 +355,7 @@ def read_record(folder):
 
 
 def read_records(out):
-    """All records: a dict of (regime, arm) to a dict of seed to `read_record`; `full` is in both regimes.
+    """All records: a dict of (regime, arm) to a dict of seed to `read_record`; those of FULL are in both regimes.
 
     In the order of REGIMES and ARMS."""
     found = {}
@@ -359,9 +363,9 @@ def read_records(out):
         run = Run.named(folder.name)
         with as_written(folder):
             record = read_record(folder)
-        for regime in REGIMES if run.arm == "full" else [run.regime]:
+        for regime in REGIMES if run.arm in FULL else [run.regime]:
             found.setdefault((regime, run.arm), {})[run.seed] = record
-    compared = {regime for regime, arm in found if arm != "full"} or set(REGIMES)
+    compared = {regime for regime, arm in found if arm not in FULL} or set(REGIMES)
     order = [(regime, arm) for regime in REGIMES if regime in compared for arm in ARMS]
     return {key: found[key] for key in order if key in found}
 
@@ -370,7 +374,8 @@ def read_records(out):
 
 
 def area(annotations, dice):
-    """Mean height of the curve of Dice, (..., K), against annotations, (K,)."""
+    """Mean height of the curve of Dice, (..., K), against annotations, (K,), or iterations where nobody is asked."""
+    annotations = annotations if annotations[-1] > annotations[0] else range(len(annotations))
     return np.trapezoid(dice, annotations) / (annotations[-1] - annotations[0])
 
 
@@ -431,12 +436,12 @@ def summarise(found):
         common = sorted(full.keys() & runs.keys())
         reference = np.mean([full[seed]["dice"][-1] for seed in common]) if common else None
         row["of_full"] = np.mean([runs[seed]["dice"][-1] for seed in common]) / reference if common else None
-        if arm != "full":
+        if arm not in FULL:
             areas = np.array([area(run["annotations"], run["dice"]) for run in runs.values()])
             row |= {"area": areas.mean(), "area_sd": areas.std(ddof=1) if len(areas) > 1 else None}
             shared = {seed: runs[seed] for seed in common}
             row |= {f"annotations_to_{share}": needed(shared, share / 100, reference) for share in (95, 99)}
-        if arm not in ("random", "full"):
+        if arm not in ("random", *FULL):
             row["dice_against_random"] = against_random(runs, baseline, last_dice)
             row["area_against_random"] = against_random(runs, baseline, mean_dice)
             row["area_on_these_images"] = against_random(runs, baseline, mean_dice, interval_over_seeds)
@@ -462,25 +467,28 @@ def needed(runs, share, reference):
 
 
 def figure_curves(found, path):
-    """Dice against annotations of every arm, with the standard deviation over seeds, a panel per regime."""
-    regimes = [regime for regime in REGIMES if any(r == regime and arm != "full" for r, arm in found)]
+    """Dice against annotations of every arm, with the standard deviation over seeds, a panel per regime.
+
+    Where nobody is asked, the points are where the other arms' are after as many steps."""
+    regimes = [regime for regime in REGIMES if any(r == regime and arm not in FULL for r, arm in found)]
     if not regimes:
         return
     figure = Figure(figsize=(6 * len(regimes), 4.5), layout="constrained")
     for ax, regime in zip(figure.subplots(1, len(regimes), squeeze=False)[0], regimes):
         arms = [arm for arm in STYLES if (regime, arm) in found]
+        asked = max((mean_curve(found[regime, arm])[0] for arm in arms if arm not in FULL), key=lambda a: a[-1])
         for place, arm in enumerate(arms):
             runs = found[regime, arm]
             annotations, dice = mean_curve(runs)
             spread = np.std([run["dice"] for run in runs.values()], 0, ddof=min(1, len(runs) - 1))
+            labels = f", {annotations[0]:.0f} labels" if annotations[0] == annotations[-1] else ""
+            label = f"{arm}{labels} ({len(runs)})"
             if arm == "full":
-                ax.axhline(
-                    dice[-1], color="k", linestyle=":", label=f"full, {annotations[-1]:.0f} labels ({len(runs)})"
-                )
-            else:
-                aside = annotations + 2 * (place - (len(arms) - 1) / 2)  # or the arms' bars would hide each other
-                label = f"{arm} ({len(runs)})"
-                ax.errorbar(aside, dice, spread, fmt=STYLES[arm], markersize=4, capsize=2, label=label)
+                ax.axhline(dice[-1], color="k", linestyle=":", label=label)
+                continue
+            at = asked if labels and len(asked) == len(dice) else annotations
+            aside = 2 * (place - (len(arms) - 1) / 2)  # or the arms' bars would hide each other
+            ax.errorbar(at + aside, dice, spread, fmt=STYLES[arm], markersize=4, capsize=2, label=label)
         ax.set(xlabel="annotations", ylabel="Dice on the test images", title=f"{regime} regime")
         ax.legend(title="arm (seeds)", fontsize=8)
         ax.grid(alpha=0.3)
@@ -494,7 +502,7 @@ def figure_differences(found, path):
     for (regime, arm), runs in found.items():
         baseline = found.get((regime, "random"), {})
         seeds = len(runs.keys() & baseline.keys())
-        if arm not in ("random", "full") and seeds > 1:
+        if arm not in ("random", *FULL) and seeds > 1:
             rows.setdefault(regime, []).append((f"{arm} ({seeds} seeds)", runs, baseline))
     if not rows:
         return
@@ -503,7 +511,7 @@ def figure_differences(found, path):
     for line, (regime, panels) in zip(figure.subplots(len(rows), columns, sharey=True, squeeze=False), rows.items()):
         line[0].set_ylabel(f"{regime} regime:\nDice less that of random")
         for ax, (title, runs, baseline) in zip(line, panels):
-            annotations, _ = mean_curve(runs)
+            annotations, _ = mean_curve(baseline)
             at = [lambda run, k=k: run["images"][:, k] for k in range(len(annotations))]
             mean, low, high = np.transpose([against_random(runs, baseline, measure) for measure in at])
             ax.fill_between(annotations, low, high, color="0.8")
@@ -531,7 +539,7 @@ def figure_saved(found, path):
     for (regime, arm), runs in found.items():
         baseline = found.get((regime, "random"), {})
         seeds = runs.keys() & baseline.keys()
-        if arm in ("random", "full") or not seeds:
+        if arm in ("random", "no_queries", *FULL) or not seeds:
             continue
         annotations, dice = mean_curve({seed: runs[seed] for seed in seeds})
         reference = mean_curve({seed: baseline[seed] for seed in seeds})[1]

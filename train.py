@@ -185,8 +185,8 @@ class Config:
     distance: str = setting("inside", "the score's weight: ceal.distance_weight", choices=("inside", "both", "none"))
     query: str = setting(
         "paper",
-        "the three groups; or as many at random of the pool, each image as likely or in proportion to its score",
-        choices=("paper", "uniform", "power"),
+        "the three groups; as many at random of the pool, each image as likely or in proportion to its score; or none",
+        choices=("paper", "uniform", "power", "none"),
     )
     no_detection: int = setting(10, "oracle queries with the lowest scores, per iteration", 0)
     no_detection_rule: str = setting(
@@ -203,7 +203,7 @@ class Config:
     @property
     def asked(self):
         """Oracle queries in an iteration."""
-        return self.no_detection + self.most_uncertain + self.random
+        return 0 if self.query == "none" else self.no_detection + self.most_uncertain + self.random
 
     def epoch_steps(self, images):
         """Training steps in an epoch of so many images."""
@@ -221,6 +221,7 @@ class Config:
         return (iteration and self.active_learning_rate) or self.learning_rate
 
 
+UNSCORED = "uniform", "none"  # the choices of --query that need no scores
 DEMO_SIZE = {"height": 64, "width": 80, "channels": 1}
 # Of one start of a run, and no settings of it.
 SWITCHES = {"wait": "watch the folder until all is answered", "partial": "go on with what is answered"}
@@ -320,7 +321,9 @@ def check(config):
         raise UserError(f"--width-shift {config.width_shift}: is a share of the width, at most 1")
     if config.rotation > 180:
         raise UserError(f"--rotation {config.rotation}: must be at most 180 degrees")
-    if config.iterations and not config.asked:
+    if config.query == "none" and config.oracle == "folder":
+        raise UserError("--query none: nobody is asked; leave out --oracle folder")
+    if config.iterations and not config.asked and config.query != "none":
         raise UserError("--no-detection, --most-uncertain and --random are all 0: the oracle would not be asked")
     if config.iterations and config.asked > config.pool:
         raise UserError(
@@ -549,7 +552,7 @@ def run_loop(config, dataset, parts, run, oracle):
         write_history(history, run)
     forget_choices(config, run, len(history))
     for iteration in range(len(history), config.iterations + 1):
-        if iteration and not len(pool.unlabelled):
+        if iteration and config.asked and not len(pool.unlabelled):
             print(f"the pool is empty: the run ends before iteration {iteration}")
             break
         choice = run / f".queries_{iteration:02d}"
@@ -693,7 +696,7 @@ def query(trainer, pool, oracle, iteration, folder):
     """
     config, candidates, started = trainer.config, pool.unlabelled, time.monotonic()
     count = ceal.pseudo_label_count(iteration, config.pseudo_start, config.pseudo_first, config.pseudo_step)
-    scored = config.query != "uniform" or count > 0
+    scored = (config.query not in UNSCORED or count > 0) and len(candidates) > 0
     scores, dice = trainer.score(pool, iteration, trainer.record) if scored else (np.zeros(len(candidates)), None)
     (folder / ".seconds").write_text(f"{time.monotonic() - started if scored else 0:.1f}")
 
@@ -712,7 +715,7 @@ def query(trainer, pool, oracle, iteration, folder):
 def choose(config, scores, iteration, pseudo_labels):
     """Whom to ask about, and then whom to pseudo-label: a dict of group to positions in `scores`, `pseudo` last."""
     rng = np.random.default_rng(derived_seed(config.seed, iteration, "queries"))
-    if config.query == "uniform":
+    if config.query in UNSCORED:
         groups = {"random": ceal.select_uniform(len(scores), rng, config.asked)}
     elif config.query == "power":
         groups = {"random": ceal.select_power(scores, rng, config.asked)}
@@ -799,8 +802,8 @@ def print_plan(config, dataset, parts):
 def plan_of_iteration(config):
     """What an iteration does, in words."""
     lengths = f"{config.active_steps} steps" if config.active_steps else f"{config.active_epochs} epochs"
-    how = {"paper": "", "uniform": " at random", "power": " in proportion to the score"}[config.query]
-    scored = f"score the pool in {config.passes} passes, " if config.query != "uniform" else ""
+    how = {"uniform": " at random", "power": " in proportion to the score"}.get(config.query, "")
+    scored = f"score the pool in {config.passes} passes, " if config.query not in UNSCORED else ""
     pseudo = "no pseudo-labels"
     if config.pseudo_first or config.pseudo_step:
         choice = "" if scored else f", chosen by scores of {config.passes} passes"

@@ -28,16 +28,22 @@ def test_every_arm_trains_as_long_on_as_many_annotations(run):
     steps = config.initial_steps + config.iterations * config.active_steps
     assert steps == 10 * 19 + 9 * 2 * 24  # 600 and 757 images in batches of 32
     assert config.initial + config.pool == 1600
-    asked = config.no_detection + config.most_uncertain + config.random
-    annotations = config.initial + config.iterations * asked
-    assert annotations == (1600 if run.arm == "full" else {"scarce": 415, "paper": 915}[run.regime])
+    annotations = config.initial + config.iterations * config.asked
+    at_first, at_the_end = {"scarce": (100, 415), "paper": (600, 915)}[run.regime]
+    special = {"full": 1600, "full_in_stages": 1600, "no_queries": at_first}
+    assert annotations == special.get(run.arm, at_the_end)
     assert (config.seed, config.test, config.split_seed) == (1, 400, PAPER.split_seed)
 
 
 def test_every_arm_is_what_its_name_says():
     config = {arm: configure(Run("scarce", arm, 1), PAPER) for arm in reproduce.ARMS}
     pseudo = {arm: (c.pseudo_first, c.pseudo_step) for arm, c in config.items()}
-    assert {arm for arm, counts in pseudo.items() if counts == (0, 0)} == {"no_pseudo", "random"}
+    assert {arm for arm, counts in pseudo.items() if counts == (0, 0)} == {
+        "no_pseudo",
+        "random",
+        "no_queries",
+        "full_in_stages",
+    }
     assert {arm for arm, c in config.items() if c.query == "uniform"} == {"random", "random_pseudo"}
     assert {arm: c.uncertainty for arm, c in config.items() if c.uncertainty != "variance"} == {
         "entropy": "entropy",
@@ -57,6 +63,8 @@ def test_every_arm_is_what_its_name_says():
         ("random", "random_pseudo", 5),
         ("ceal", "random", 1),
         ("bald", "entropy", 1),
+        ("random", "no_queries", 1),
+        ("no_queries", "full_in_stages", 0),
         ("ceal", "full", 0),
         ("ceal", "ceal", 0),
     ],
@@ -92,6 +100,28 @@ def test_the_area_is_the_curves_mean_height():
     # From 100 to 200 at 0.75 on average, from 200 to 400 at 0.9: (100 * 0.75 + 200 * 0.9) / 300.
     assert reproduce.area([100, 200, 400], [0.7, 0.8, 1.0]) == pytest.approx(0.85)
     assert reproduce.area([100, 200], np.array([[0, 1], [0.2, 0.4]])).tolist() == pytest.approx([0.5, 0.3])
+    assert reproduce.area([100, 100, 100], [0.7, 0.8, 1.0]) == pytest.approx(0.825)  # nobody is asked
+
+
+def test_where_nobody_is_asked_the_curve_stands_beside_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "save_figure", lambda figure, path, vector: drawn.append(figure))
+    drawn, asked = (
+        [],
+        {"random": [100, 135, 170], "no_queries": [100] * 3, "full_in_stages": [1600] * 3, "full": [1600]},
+    )
+    found = {
+        ("scarce", arm): {
+            1: {"annotations": n, "dice": [0.8] * len(n), "jaccard": [0.7], "images": np.ones((9, len(n)))}
+        }
+        for arm, n in asked.items()
+    }
+    reproduce.figure_curves(found, tmp_path / "dice.png")
+    (ax,) = drawn[0].axes
+    places = {bars.get_label(): bars[0].get_xdata() for bars in ax.containers}
+    assert list(places) == ["random (1)", "no_queries, 100 labels (1)", "full_in_stages, 1600 labels (1)"]
+    assert all(np.abs(x - [100, 135, 170]).max() < 10 for x in places.values())
+    rows = {row["arm"]: row for row in reproduce.summarise(found)}
+    assert (rows["no_queries"]["annotations"], rows["no_queries"]["area"]) == (100, pytest.approx(0.8))
 
 
 def test_annotations_needed_are_where_the_mean_curve_first_gets_there():

@@ -250,6 +250,16 @@ def test_settings_can_be_chosen_by_labelled_images_held_out(a_run, dataset, tmp_
     assert len(trained) == 10
 
 
+@pytest.mark.parametrize("pool", [0, 30])
+def test_without_queries_the_network_trains_on_with_the_labels_that_it_has(dataset, tmp_path, monkeypatch, pool):
+    arguments = f"train.py --data {dataset.path} --run {tmp_path / 'r'} --iterations 2 {TINY} --query none".split()
+    monkeypatch.setattr("sys.argv", [*arguments, "--pool", str(pool), "--pseudo-first", "0", "--pseudo-step", "0"])
+    train.main()
+    history = read_csv(tmp_path / "r" / "history.csv")
+    assert [(row["annotations"], row["pseudo_labels"]) for row in history] == [("16", "0")] * 3
+    assert len({row["dice"] for row in history}) > 1  # it is another network each time
+
+
 def test_a_pool_that_runs_empty_ends_the_run(dataset, tmp_path, monkeypatch, capsys):
     arguments = f"train.py --data {dataset.path} --run {tmp_path / 'r'} --iterations 9 {TINY} {QUERIES}"
     monkeypatch.setattr("sys.argv", [*arguments.split(), "--random", "14"])
