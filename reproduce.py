@@ -66,7 +66,13 @@ ARMS = {
 FULL = "full_in_stages", "full"  # all labelled from the start, so that the regimes do not differ
 # Settings in which runs that are compared may differ: where they were done, and what does not change a result.
 PLACE = "run", "data", "devices", "deterministic"
-STYLES = dict(zip(ARMS, ["k-o", "k--s", "b-^", "m-*", "c-h", "b--v", "g-D", "g--P", "r-x", "r--+", "y-.", "k-.", "k:"]))
+STYLES = dict(
+    zip(
+        ARMS,
+        ["k-o", "k--s", "b-^", "m-*", "c-h", "b--v", "g-D", "g--P", "r-x", "r--+", "y-.", "k-.", "k:"],
+        strict=True,
+    )
+)
 REGIMES = "scarce", "paper"
 # The columns of a record's pool.csv: what `rate_pool` gives.
 REGIONS = "certain_and_poor", "most_uncertain_region", "certain_and_right", "uncertain_region"
@@ -533,9 +539,9 @@ def reached(annotations, dice, level):
 
 
 def figure_saved(found, path):
-    """How many annotations fewer than `random` each arm needs for the Dice that random has at the same point."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    ax = figure.subplots()
+    """How many annotations fewer than `random` each arm needs for the best Dice that random has had up to each point,
+    over common seeds: a panel per regime."""
+    curves = {}
     for (regime, arm), runs in found.items():
         baseline = found.get((regime, "random"), {})
         seeds = runs.keys() & baseline.keys()
@@ -546,13 +552,16 @@ def figure_saved(found, path):
         # The best so far: a curve that goes down again has been there already.
         levels = np.maximum.accumulate(reference)
         saved = [reached(annotations, reference, level) - reached(annotations, dice, level) for level in levels]
-        marker = {"scarce": "o", "paper": "s"}[regime]
-        ax.plot(annotations, saved, STYLES[arm][:-1], marker=marker, label=f"{arm}, {regime}")
-    if not ax.lines:
+        curves.setdefault(regime, []).append((annotations, saved, STYLES[arm], f"{arm} ({len(seeds)})"))
+    if not curves:
         return
-    ax.axhline(0, color="0.6")
-    ax.set(xlabel="annotations of random", ylabel="annotations saved")
-    ax.legend(fontsize=8)
+    figure = Figure(figsize=(6 * len(curves), 4), layout="constrained")
+    for ax, regime in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves):
+        for annotations, saved, style, label in curves[regime]:
+            ax.plot(annotations, saved, style, markersize=5, label=label)
+        ax.axhline(0, color="0.6")
+        ax.set(xlabel="annotations of random", ylabel="annotations saved", title=f"{regime} regime")
+        ax.legend(title="arm (seeds)", fontsize=8)
     save_figure(figure, path, vector=True)
 
 
@@ -616,19 +625,19 @@ def figure_pool(found, path):
     names = "certain_and_right", "uncertain_region", "most_uncertain_region", "certain_and_poor"
     grey = ["0.9", "0.65", "0.4", "0.1"]
     regions.stackplot(iterations, *map(mean, names), colors=grey, labels=[name.replace("_", " ") for name in names])
-    regions.set(title="images of the pool in each region", xlabel="iteration")
+    regions.set(title="images of the pool in each region", xlabel="iteration", ylabel="images")
     for ax in figure.axes:
         ax.xaxis.get_major_locator().set_params(integer=True)
     regions.legend(fontsize=8, loc="lower left")
     correlation.plot(iterations, mean("correlation"), "k-o", markersize=4)
-    correlation.set(title="rank correlation of score and Dice", xlabel="iteration")
+    correlation.set(title="rank correlation of score and Dice", xlabel="iteration", ylabel="Spearman's rho")
     quality.plot(iterations, mean("dice_pool"), "k-", label="whole pool")
     with np.errstate(invalid="ignore"):
         for group, (label, color, marker) in GROUPS.items():
             quality.plot(
                 iterations, mean(f"dice_{group}"), color=color, marker=marker, markeredgecolor="k", label=label
             )
-    quality.set(title="true Dice of what each group holds", xlabel="iteration", ylim=(0, 1))
+    quality.set(title="true Dice of what each group holds", xlabel="iteration", ylabel="Dice", ylim=(0, 1))
     quality.legend(fontsize=8)
     save_figure(figure, path, vector=True)
 
