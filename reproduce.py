@@ -66,13 +66,8 @@ ARMS = {
 FULL = "full_in_stages", "full"  # all labelled from the start, so that the regimes do not differ
 # Settings in which runs that are compared may differ: where they were done, and what does not change a result.
 PLACE = "run", "data", "devices", "deterministic"
-STYLES = dict(
-    zip(
-        ARMS,
-        ["k-o", "k--s", "b-^", "m-*", "c-h", "b--v", "g-D", "g--P", "r-x", "r--+", "y-.", "k-.", "k:"],
-        strict=True,
-    )
-)
+LINES = ["k-o", "k--s", "b-^", "m-*", "c-h", "b--v", "g-D", "g--P", "r-x", "r--+", "y-.", "k-.", "k:"]
+STYLES = dict(zip(ARMS, LINES, strict=True))
 REGIMES = "scarce", "paper"
 # The columns of a record's pool.csv: what `rate_pool` gives.
 REGIONS = "certain_and_poor", "most_uncertain_region", "certain_and_right", "uncertain_region"
