@@ -1,6 +1,6 @@
 """How fast this program is on the machine at hand, and how much memory it takes: ratios within one run.
 
-    python bench.py                # the paper's network, 192x240, T = 20: under 10 minutes on 2 cores
+    python bench.py                # the paper's network, 192x240, T = 20: some 10 minutes on 2 cores
     python bench.py --quick        # fewer repetitions: under 2 minutes
     python bench.py --preset quick --data datasets/isic2017_96x128.h5 --weights runs/NAME/iteration_09/model.weights.h5
 
