@@ -70,8 +70,17 @@ LINES = ["k-o", "k--s", "b-^", "m-*", "c-h", "b--v", "g-D", "g--P", "r-x", "r--+
 STYLES = dict(zip(ARMS, LINES, strict=True))
 REGIMES = "scarce", "paper"
 # The columns of a record's pool.csv: what `rate_pool` gives.
-REGIONS = "certain_and_poor", "most_uncertain_region", "certain_and_right", "uncertain_region"
-POOL = "iteration", "pool", "correlation", *REGIONS, "dice_pool", *(f"dice_{group}" for group in GROUPS)
+POOL = [
+    "iteration",
+    "pool",
+    "correlation",
+    "certain_and_poor",
+    "most_uncertain_region",
+    "certain_and_right",
+    "uncertain_region",
+    "dice_pool",
+    *(f"dice_{group}" for group in GROUPS),
+]
 ARROW = {"arrowstyle": "->", "linewidth": 0.7}
 FAILURE = 0.788  # the Dice at a Jaccard of 0.65, below which the challenge counts a mask as failed
 
@@ -218,31 +227,26 @@ def print_run(run, out):
 
 def keep_record(run, folder, out):
     """Put what a finished run has found, without weights and pictures, into OUT/records/."""
-    iterations = sorted(folder.glob("iteration_*"), key=iteration_number)
     with whole_folder(out / "records" / run.name) as record:
         for name in "config.json", "environment.json", "history.csv":
             shutil.copy(folder / name, record)
         with as_written(folder):
+            iterations = [folder / f"iteration_{k:02d}" for k, _ in enumerate(read_csv(folder / "history.csv"))]
             tests = [read_csv(iteration / "test.csv") for iteration in iterations]
             rows = list(zip(*([round(float(row["dice"]), 4) for row in test] for test in tests), strict=True))
         header = ["id", *(iteration.name for iteration in iterations)]
         write_csv(record / "test_dice.csv", header, ((row["id"], *dice) for row, dice in zip(tests[0], rows)))
-        scored = [iteration for iteration in iterations if (iteration / "scores.csv").exists()]
+        scored = {k: iteration for k, iteration in enumerate(iterations) if (iteration / "scores.csv").exists()}
         if scored:
-            pools = [read_pool(iteration) for iteration in scored]
-            edges = region_edges(pools[0]["score"])
-            rows = [{"iteration": iteration_number(i), **rate_pool(pool, edges)} for i, pool in zip(scored, pools)]
+            pools = {k: read_pool(iteration) for k, iteration in scored.items()}
+            edges = region_edges(pools[min(pools)]["score"])
+            rows = [{"iteration": k, **rate_pool(pool, edges)} for k, pool in pools.items()]
             write_csv(record / "pool.csv", POOL, ([row[name] for name in POOL] for row in rows))
         if scored and run.arm == "ceal" and run.seed == 1:  # for the paper's figures
-            for iteration in scored:
-                pictures = ["examples.png"] if iteration in (scored[0], scored[-1]) else []
+            for k, iteration in scored.items():
+                pictures = ["examples.png"] if k in (min(scored), max(scored)) else []
                 for name in "scores.csv", "queries.csv", *pictures:
                     shutil.copy(iteration / name, record / f"{iteration.name}_{name}")
-
-
-def iteration_number(path):
-    """7, of .../iteration_07 or .../iteration_07_scores.csv."""
-    return int(path.name.split("_")[1])
 
 
 def read_pool(folder):
@@ -333,7 +337,7 @@ def read_pools(folder):
     pools = {}
     for file in sorted(folder.glob("iteration_*_scores.csv")):
         queries = file.with_name(file.name.replace("scores", "queries"))
-        pools[iteration_number(file)] = join_pool(read_csv(file), read_csv(queries))
+        pools[int(file.name.split("_")[1])] = join_pool(read_csv(file), read_csv(queries))
     return pools
 
 
@@ -611,7 +615,7 @@ def figure_pool(found, path):
     tables = [run["pool"] for run in runs.values()]
 
     def mean(name):
-        columns = [[np.nan if row[name] is None else row[name] for row in table] for table in tables]
+        columns = np.array([[row[name] for row in table] for table in tables], float)  # None, an empty group, to NaN
         return np.ma.masked_invalid(columns).mean(0).filled(np.nan)  # without a warning where a group is empty
 
     iterations = [row["iteration"] for row in tables[0]]

@@ -105,16 +105,12 @@ def test_the_area_is_the_curves_mean_height():
 
 def test_where_nobody_is_asked_the_curve_stands_beside_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "save_figure", lambda figure, path, vector: drawn.append(figure))
-    drawn, asked = (
-        [],
-        {"random": [100, 135, 170], "no_queries": [100] * 3, "full_in_stages": [1600] * 3, "full": [1600]},
-    )
-    found = {
-        ("scarce", arm): {
-            1: {"annotations": n, "dice": [0.8] * len(n), "jaccard": [0.7], "images": np.ones((9, len(n)))}
-        }
-        for arm, n in asked.items()
-    }
+    drawn = []
+    asked = {"random": [100, 135, 170], "no_queries": [100] * 3, "full_in_stages": [1600] * 3, "full": [1600]}
+    found = {}
+    for arm, n in asked.items():
+        record = {"annotations": n, "dice": [0.8] * len(n), "jaccard": [0.7], "images": np.ones((9, len(n)))}
+        found["scarce", arm] = {1: record}
     reproduce.figure_curves(found, tmp_path / "dice.png")
     (ax,) = drawn[0].axes
     places = {bars.get_label(): bars[0].get_xdata() for bars in ax.containers}
@@ -216,10 +212,11 @@ def test_a_record_holds_each_test_images_dice_and_no_weights(reproduction):
 
 
 def test_a_record_holds_all_iterations_in_their_order(tmp_path):
-    """Of as many test images each, and of more than a hundred iterations."""
+    """Of as many test images each, and of more than a hundred iterations, without one that was moved away."""
     for k in range(102):
         write_csv(tmp_path / "run" / f"iteration_{k:02d}" / "test.csv", ["id", "dice"], [["a", k / 200], ["b", 1]])
-    for name in "config.json", "environment.json", "history.csv":
+    write_csv(tmp_path / "run" / "history.csv", ["iteration"], [[k] for k in range(102)])
+    for name in "config.json", "environment.json", "iteration_07_old":
         (tmp_path / "run" / name).touch()
     reproduce.keep_record(Run("scarce", "random", 1), tmp_path / "run", tmp_path)
     (row, _) = read_csv(tmp_path / "records" / "scarce-random-1" / "test_dice.csv")
