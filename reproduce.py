@@ -478,7 +478,7 @@ def figure_curves(found, path):
     regimes = [regime for regime in REGIMES if any(r == regime and arm not in FULL for r, arm in found)]
     if not regimes:
         return
-    figure = Figure(figsize=(6 * len(regimes), 4.5), layout="constrained")
+    figure = Figure(figsize=(6 * len(regimes), 5.5), layout="constrained")
     for ax, regime in zip(figure.subplots(1, len(regimes), squeeze=False)[0], regimes):
         arms = [arm for arm in STYLES if (regime, arm) in found]
         asked = max((mean_curve(found[regime, arm])[0] for arm in arms if arm not in FULL), key=lambda a: a[-1])
@@ -493,9 +493,9 @@ def figure_curves(found, path):
                 continue
             at = asked if labels and len(asked) == len(dice) else annotations
             aside = 2 * (place - (len(arms) - 1) / 2)  # or the arms' bars would hide each other
-            ax.errorbar(at + aside, dice, spread, fmt=STYLES[arm], markersize=4, capsize=2, label=label)
+            ax.errorbar(at + aside, dice, spread, fmt=STYLES[arm], markersize=5, elinewidth=0.6, label=label)
         ax.set(xlabel="annotations", ylabel="Dice on the test images", title=f"{regime} regime")
-        ax.legend(title="arm (seeds)", fontsize=8)
+        ax.legend(title="arm (seeds)", fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
         ax.grid(alpha=0.3)
     save_figure(figure, path, vector=True)
 
