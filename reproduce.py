@@ -502,18 +502,19 @@ def figure_curves(found, path):
 
 def figure_differences(found, path):
     """Each arm's Dice less that of `random` against annotations, over common seeds, with the 95 % interval of
-    `interval`: a panel per arm, a row per regime."""
-    rows = {}
+    `interval`: a panel per arm, up to four in a row, rows of their own for each regime."""
+    compared = {}
     for (regime, arm), runs in found.items():
         baseline = found.get((regime, "random"), {})
         seeds = len(runs.keys() & baseline.keys())
         if arm not in ("random", *FULL) and seeds > 1:
-            rows.setdefault(regime, []).append((f"{arm} ({seeds} seeds)", runs, baseline))
-    if not rows:
+            compared.setdefault(regime, []).append((f"{arm} ({seeds} seeds)", runs, baseline))
+    if not compared:
         return
-    columns = max(map(len, rows.values()))
+    rows = [(regime, panels[k : k + 4]) for regime, panels in compared.items() for k in range(0, len(panels), 4)]
+    columns = max(len(panels) for _, panels in rows)
     figure = Figure(figsize=(1 + 2.4 * columns, 2.6 * len(rows)), layout="constrained")
-    for line, (regime, panels) in zip(figure.subplots(len(rows), columns, sharey=True, squeeze=False), rows.items()):
+    for line, (regime, panels) in zip(figure.subplots(len(rows), columns, sharey=True, squeeze=False), rows):
         line[0].set_ylabel(f"{regime} regime:\nDice less that of random")
         for ax, (title, runs, baseline) in zip(line, panels):
             annotations, _ = mean_curve(baseline)
@@ -637,7 +638,7 @@ def figure_pool(found, path):
                 iterations, mean(f"dice_{group}"), color=color, marker=marker, markeredgecolor="k", label=label
             )
     quality.set(title="true Dice of what each group holds", xlabel="iteration", ylabel="Dice", ylim=(0, 1))
-    quality.legend(fontsize=8)
+    quality.legend(fontsize=8, loc="lower right")
     save_figure(figure, path, vector=True)
 
 
