@@ -290,19 +290,23 @@ class FolderOracle:
         if self.path.exists():
             self._load()
 
-    def _load(self):
+    @contextlib.contextmanager
+    def _reading(self):
+        """The file annotations.h5; raises UserError if it turns out to be damaged."""
         try:
             with h5py.File(self.path) as file:
-                self._closed = int(file.attrs["closed"])
-                ids, *columns = (
-                    (file[name].asstr() if kind == TEXT else file[name])[:] for name, kind in TABLE.items()
-                )
-                self._answers = {id: Answer(*answer) for id, *answer in zip(ids, *columns, strict=True)}
-                drawn = {id for id, answer in self._answers.items() if not answer.rejection}
-                if self._answers.keys() - self._positions.keys() or drawn - set(file["masks"]):
-                    raise ValueError("images are missing")
+                yield file
         except (OSError, KeyError, ValueError) as error:
             raise UserError(f"{self.path}: damaged, or of another run ({error}); put back a copy of it")
+
+    def _load(self):
+        with self._reading() as file:
+            self._closed = int(file.attrs["closed"])
+            ids, *columns = ((file[name].asstr() if kind == TEXT else file[name])[:] for name, kind in TABLE.items())
+            self._answers = {id: Answer(*answer) for id, *answer in zip(ids, *columns, strict=True)}
+            drawn = {id for id, answer in self._answers.items() if not answer.rejection}
+            if self._answers.keys() - self._positions.keys() or drawn - set(file["masks"]):
+                raise ValueError("images are missing")
 
     def ask(self, iteration, groups, propose=None):
         """Have these images answered, or raise Unanswered where that has to be waited for.
@@ -362,7 +366,7 @@ class FolderOracle:
         size = self.dataset.height, self.dataset.width
         masks = np.empty((len(drawn), *size), np.uint8)
         if len(drawn):
-            with h5py.File(self.path) as file:
+            with self._reading() as file:
                 for mask, id in zip(masks, self.dataset.ids[drawn]):
                     mask[:] = shrink_mask(Image.fromarray(255 * file["masks"][id][:]), *size)
         return Answers(drawn, masks, rejected)
@@ -408,7 +412,7 @@ class FolderOracle:
             if (place / "queries.csv").exists():
                 try:
                     return {row["id"] for row in read_csv(place / "queries.csv") if row["group"] != "pseudo"}
-                except KeyError as error:
+                except (KeyError, ValueError) as error:
                     raise UserError(f"{place}/queries.csv: not as train.py wrote it ({error}); put it back")
         return set()
 

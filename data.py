@@ -165,7 +165,8 @@ def open_picture(path, file=None):
     try:
         if not file and not os.path.isfile(path):  # the system's pipes and devices may never end
             raise UserError(f"{path}: there is no such file" + " but a folder or a pipe" * os.path.exists(path))
-        with Image.open(file or path, formats=FORMATS) as picture:
+        # By its name Pillow maps a TIFF that is not compressed, and one that is to be turned it maps wrongly.
+        with file or open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as picture:
             yield picture
     except UnidentifiedImageError:
         raise UserError(f"{path}: not a readable picture, or of an unknown kind; get it again, or export it as PNG")
@@ -200,6 +201,8 @@ def read_image(path, height, width, channels):
     with open_picture(path) as picture:
         if picture.mode.startswith(("I", "F")):
             raise UserError(f"{path}: more than 8 bits per channel; save it with 8")
+        if picture.format == "TIFF":
+            picture.load()  # until then its size may be that of the turned picture, and its orientation to turn it
         turned = _orientation(picture) in (5, 6, 7, 8)
         original = picture.size if turned else picture.size[::-1]  # as displayed: (height, width)
         # A JPEG decodes at 1/2, 1/4 or 1/8 of its size, in grey if asked: far less work, the same result.

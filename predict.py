@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import itertools
 import operator
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,8 +89,13 @@ def find_images(inputs):
     return images
 
 
+def comparable(name):
+    """The name in small letters, an accented one as one character, where Macs write two."""
+    return unicodedata.normalize("NFC", name).lower()
+
+
 def find_truths(folder, images):
-    """The true masks in `folder`, NAME_segmentation.png in any case or NAME.png: a dict of an image's path to its
+    """The true masks in `folder`, NAME_segmentation.png or NAME.png in any case: a dict of an image's path to its
     mask's, without the images that have none.
 
     Raises UserError if the folder is missing or has no image's mask, or if it is not clear whose mask one is.
@@ -99,10 +105,10 @@ def find_truths(folder, images):
     masks = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() == ".png":
-            masks.setdefault(path.stem.lower(), []).append(path)
+            masks.setdefault(comparable(path.stem), []).append(path)
     truths, owners = {}, {}
     for image in images:
-        name = image.stem.lower()
+        name = comparable(image.stem)
         # NAME.png may be the image itself.
         found = masks.get(f"{name}_segmentation") or [p for p in masks.get(name, []) if p.resolve() != image.resolve()]
         if len(found) > 1:

@@ -268,6 +268,8 @@ def read_command_line(arguments=None):
     if all(switches.values()):
         raise UserError("--wait is for all answers and --partial for some: give one of them")
     if force and ((run / "config.json").exists() or (run.is_dir() and only_ours(run))):
+        if Path.cwd().is_relative_to(run.resolve()):
+            raise UserError(f"--force: {run} is to be moved, and holds the folder that you are in: leave it first")
         aside = run.with_name(f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         with locked(run):
             run.rename(aside)
@@ -493,8 +495,7 @@ class Trainer:
             prediction = prediction > 0.5
             metrics.append(segmentation_metrics(self.dataset.masks(some), prediction))
             lesion.append(prediction.mean())
-        if max(lesion) == 0 or min(lesion) == 1:
-            print(f"warning: the network calls every pixel {'skin' if max(lesion) == 0 else 'lesion'}: it collapsed")
+        warn_if_collapsed(lesion)
         return {name: np.concatenate([m[name] for m in metrics]) for name in metrics[0]}
 
 
@@ -634,6 +635,12 @@ def forget_choices(config, run, finished):
             shutil.rmtree(choice, ignore_errors=True)
 
 
+def warn_if_collapsed(lesion):
+    """lesion: which pixels of some images the network calls lesion, or which share of them, an array or a list."""
+    if np.max(lesion) == 0 or np.min(lesion) == 1:
+        print(f"warning: the network calls every pixel {'skin' if np.max(lesion) == 0 else 'lesion'}: it collapsed")
+
+
 def run_iteration(trainer, pool, pseudo, iteration, choice, folder):
     """Pseudo-label these positions, train, and evaluate, written to `folder` with what was chosen; returns the row of
     history.csv, a dict."""
@@ -647,6 +654,8 @@ def run_iteration(trainer, pool, pseudo, iteration, choice, folder):
     seconds_training = time.monotonic() - started
     save_unet(trainer.model, folder / "model.weights.h5", trainer.mean, trainer.std)
     metrics = trainer.evaluate(pool.test)
+    if not metrics:  # then nothing but this shows a collapse
+        warn_if_collapsed(trainer.predict(pool.training_set()[0][:64]) > 0.5)
     if metrics:
         columns = zip(*(metrics[m].round(6) for m in METRICS))
         rows = ((id, *values) for id, values in zip(trainer.dataset.ids[pool.test], columns))
@@ -908,7 +917,11 @@ def main():
     if run.exists() and not (run / "config.json").exists() and not (run.is_dir() and only_ours(run)):
         raise UserError(f"{run} exists already and is no run: give another --run, or move it away")
     go_on = f"go on with: python train.py --run {shlex.quote(str(run))}"
-    with locked(run), stopped_at_once(go_on):
+
+    def advise():
+        return go_on if (run / "config.json").exists() else "nothing is begun yet; give the same command again"
+
+    with locked(run), stopped_at_once(advise):
         print_devices()
         if config.deterministic == "yes" or (
             config.deterministic == "auto" and not tf.config.list_physical_devices("GPU")

@@ -189,16 +189,16 @@ def locked(folder):
 
 
 @contextlib.contextmanager
-def stopped_at_once(sentence):
-    """At Ctrl-C or SIGTERM print the sentence and end this process at once, exit code 130 or 143, even in the middle of
-    a long computation: for a program that loses nothing by it."""
+def stopped_at_once(advise):
+    """At Ctrl-C or SIGTERM print what `advise()` returns and end this process at once, exit code 130 or 143, even in
+    the middle of a long computation: for a program that loses nothing by it."""
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
 
     def watch():
         if number := os.read(readable, 1):
             restore_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-            print(f"{restore_cursor}\nstopped; {sentence}", file=sys.stderr, flush=True)
+            print(f"{restore_cursor}\nstopped; {advise()}", file=sys.stderr, flush=True)
             os._exit(128 + number[0])
 
     # Python runs handlers in the main thread alone, which may be busy for minutes; the pipe is written to at once.
@@ -220,9 +220,12 @@ def cores():
 
 
 def read_csv(path):
-    """The rows of a csv file, a list of dict."""
+    """The rows of a csv file, a list of dict. Raises ValueError if it is none."""
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return list(csv.DictReader(file))
+        try:
+            return list(csv.DictReader(file))
+        except csv.Error as error:
+            raise ValueError(error)
 
 
 def write_csv(path, header, rows):

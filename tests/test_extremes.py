@@ -52,6 +52,12 @@ def constant_unet(logit):
     return build
 
 
+def test_a_collapse_shows_without_test_images_too(run, monkeypatch, capsys):
+    monkeypatch.setattr(train, "build_unet", constant_unet(-25))
+    run("--learning-rate", "1e-12", "--test", "0")
+    assert capsys.readouterr().out.count("the network calls every pixel skin: it collapsed") == 2
+
+
 def assert_figures_are_drawn(folder):
     for path in folder.iterdir():
         if path.suffix == ".png":

@@ -148,6 +148,16 @@ def test_a_stopped_run_says_how_to_go_on(data_file, tmp_path, number, code):
     assert "Traceback" not in error
 
 
+def test_what_is_stopped_before_its_settings_are_written_is_to_be_begun_anew(tmp_path):
+    process = start(tmp_path / "r", "--preset", "demo")
+    while not list(tmp_path.glob("r/.partial-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate()
+    assert error.splitlines()[-1] == "stopped; nothing is begun yet; give the same command again"
+
+
 def test_a_second_process_is_refused(data_file, tmp_path):
     run = tmp_path / "r"
     process = start(run, "--data", data_file, *OPTIONS.split(), "--initial-epochs", "100000")
@@ -206,6 +216,7 @@ def test_other_settings_and_other_data_are_refused_by_name(refused, half_run, da
         ("iteration_01", "queries.csv", lambda path: path.write_text("".join(path.read_text().splitlines(True)[:-2]))),
         ("iteration_01", "queries.csv", lambda path: path.write_text(path.read_text()[:-5])),
         ("iteration_00", "history.csv", lambda path: path.write_text(path.read_text()[:20])),
+        ("iteration_00", "history.csv", lambda path: path.write_text(path.read_text() + "9" * 200000)),  # csv.Error
         ("iteration_01/model.weights.h5", "", lambda path: path.write_bytes(path.read_bytes()[:5000])),
         ("iteration_01/model.weights.h5", "", lambda path: path.write_text("no weights")),
         ("config.json", "", lambda path: path.write_text(path.read_text()[:50])),
@@ -248,6 +259,13 @@ def test_force_moves_the_old_run_aside(half_run, data_file):
     assert len(read_csv(half_run / "history.csv")) == 1
     (aside,) = half_run.parent.glob("half-*")
     assert content(aside) == before
+
+
+@pytest.mark.parametrize(("inside", "name"), [(".", "."), ("iteration_00", "..")])
+def test_force_does_not_move_the_folder_that_one_is_in(refused, half_run, monkeypatch, inside, name):
+    monkeypatch.chdir(half_run / inside)
+    assert "holds the folder that you are in" in refused(name, "--force")
+    assert half_run.is_dir()
 
 
 # ---------------------------------------------------------------------------------------------------- full, read-only

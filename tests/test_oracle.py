@@ -545,6 +545,19 @@ def test_damaged_annotations_are_refused_by_name(oracle, hospital, spoil):
         oracle(ask=False)
 
 
+def test_a_damaged_mask_of_the_annotations_is_refused_by_name(oracle, hospital):
+    save_mask(hospital[1][oracle.ids[0]], oracle.masks / f"{oracle.ids[0]}.png")
+    oracle(ask=False).collect()
+    path = oracle.folder.parent / "annotations.h5"
+    with h5py.File(path) as file:
+        start = file["masks"][oracle.ids[0]].id.get_chunk_info(0).byte_offset
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(bytes(8))
+    with pytest.raises(UserError, match=r"annotations\.h5: damaged"):
+        oracle(ask=False).answers(0, np.array([], int))
+
+
 # ------------------------------------------------------------------------------------------------------------- kills
 
 # Takes in what was handed in, and dies at its n-th file operation in the run's folder, n given.

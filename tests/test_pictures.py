@@ -72,9 +72,10 @@ GOOD = {
     "plain.ppm": COLOR.save,
     "plain.jp2": GREY.save,
     **{
-        f"turned_{number}.jpg": lambda path, back=back, number=number: GREY.transpose(back).save(
+        f"turned_{number}.{kind}": lambda path, back=back, number=number: GREY.transpose(back).save(
             path, exif=orientation(number), quality=98
         )
+        for kind in ("jpg", "png", "tif")
         for number, back in {
             2: Image.Transpose.FLIP_LEFT_RIGHT,
             3: Image.Transpose.ROTATE_180,

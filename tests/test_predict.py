@@ -268,6 +268,12 @@ def test_a_png_is_not_its_own_true_mask(tmp_path):
     assert predict.find_truths(tmp_path, images) == {tmp_path / "b.png": tmp_path / "b_segmentation.png"}
 
 
+def test_a_true_mask_is_found_whichever_way_an_accented_letter_is_written(tmp_path):
+    image, mask = tmp_path / "n\u00e9.jpg", tmp_path / "ne\u0301_segmentation.png"
+    image.touch(), mask.touch()
+    assert predict.find_truths(tmp_path, [image]) == {image: mask}
+
+
 def test_true_masks_of_unclear_ownership_are_refused(tmp_path):
     for name in ("a.jpg", "A.jpg", "a_segmentation.png"):
         (tmp_path / name).touch()
