@@ -11,7 +11,6 @@ import itertools
 import re
 import shlex
 import time
-import unicodedata
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion, distance_transform_edt
 
 from data import open_mask, open_picture, shrink_mask, upright
-from utils import UserError, print_error, read_csv, resize_map, whole_file, whole_folder, write_csv
+from utils import UserError, composed, print_error, read_csv, resize_map, whole_file, whole_folder, write_csv
 
 BINS = 80  # of the histogram of scores [C]
 UNCERTAIN_BINS = 5  # the last ones hold the most uncertain images [C]
@@ -562,7 +561,7 @@ def read_answers(folder, asked):
     rejections, wrong = read_rejections(folder / "queries.csv", asked)
     masks = {}
     for path in sorted((folder / "masks").glob("*")):
-        id = unicodedata.normalize("NFC", path.stem)  # Macs write an accented letter as two characters
+        id = composed(path.stem)
         if path.name.startswith(".") or path.name.lower() in ("thumbs.db", "desktop.ini"):
             continue
         if not path.is_file():

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import struct
-import unicodedata
 import warnings
 from collections import Counter
 from hashlib import blake2b
@@ -27,7 +26,17 @@ from matplotlib.figure import Figure
 from PIL import ExifTags, Image, UnidentifiedImageError
 from scipy import fft, ndimage
 
-from utils import LARGEST_SIDE, UserError, in_one_line, map_in_order, reserve, run_command, track, whole_file
+from utils import (
+    LARGEST_SIDE,
+    UserError,
+    composed,
+    in_one_line,
+    map_in_order,
+    reserve,
+    run_command,
+    track,
+    whole_file,
+)
 
 LAYOUT_VERSION = 2
 PARTS = {"train": "Training", "validation": "Validation", "test": "Test_v2"}  # ours: the challenge's
@@ -152,8 +161,7 @@ def _list_files(folder):
             continue
         if re.search("[\0-\x1f\ud800-\udfff]", name):
             raise UserError(f"{folder}: the name {name!a} is not UTF-8 or has a control character; rename the file")
-        # Macs write an accented letter as two characters, all others as one.
-        yield unicodedata.normalize("NFC", stem), suffix.lower(), os.path.join(folder, name)
+        yield composed(stem), suffix.lower(), os.path.join(folder, name)
 
 
 @contextlib.contextmanager
@@ -202,7 +210,7 @@ def read_image(path, height, width, channels):
         if picture.mode.startswith(("I", "F")):
             raise UserError(f"{path}: more than 8 bits per channel; save it with 8")
         if picture.format == "TIFF":
-            picture.load()  # until then its size may be that of the turned picture, and its orientation to turn it
+            picture.load()  # Pillow has given the turned size since it opened it, but turns it only now
         turned = _orientation(picture) in (5, 6, 7, 8)
         original = picture.size if turned else picture.size[::-1]  # as displayed: (height, width)
         # A JPEG decodes at 1/2, 1/4 or 1/8 of its size, in grey if asked: far less work, the same result.

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import itertools
 import operator
-import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ from data import NOT_AN_IMAGE, SUFFIXES, normalise, open_picture, read_image, re
 from unet import PRECISIONS, load_unet, mc_dropout, print_devices
 from utils import (
     UserError,
+    composed,
     map_in_order,
     print_error,
     progress_bar,
@@ -89,11 +89,6 @@ def find_images(inputs):
     return images
 
 
-def comparable(name):
-    """The name in small letters, an accented one as one character, where Macs write two."""
-    return unicodedata.normalize("NFC", name).lower()
-
-
 def find_truths(folder, images):
     """The true masks in `folder`, NAME_segmentation.png or NAME.png in any case: a dict of an image's path to its
     mask's, without the images that have none.
@@ -105,10 +100,10 @@ def find_truths(folder, images):
     masks = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() == ".png":
-            masks.setdefault(comparable(path.stem), []).append(path)
+            masks.setdefault(composed(path.stem).lower(), []).append(path)
     truths, owners = {}, {}
     for image in images:
-        name = comparable(image.stem)
+        name = composed(image.stem).lower()
         # NAME.png may be the image itself.
         found = masks.get(f"{name}_segmentation") or [p for p in masks.get(name, []) if p.resolve() != image.resolve()]
         if len(found) > 1:

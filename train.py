@@ -654,12 +654,12 @@ def run_iteration(trainer, pool, pseudo, iteration, choice, folder):
     seconds_training = time.monotonic() - started
     save_unet(trainer.model, folder / "model.weights.h5", trainer.mean, trainer.std)
     metrics = trainer.evaluate(pool.test)
-    if not metrics:  # then nothing but this shows a collapse
-        warn_if_collapsed(trainer.predict(pool.training_set()[0][:64]) > 0.5)
     if metrics:
         columns = zip(*(metrics[m].round(6) for m in METRICS))
         rows = ((id, *values) for id, values in zip(trainer.dataset.ids[pool.test], columns))
         write_csv(folder / "test.csv", ["id", *METRICS], rows)
+    else:  # nothing but this shows a collapse
+        warn_if_collapsed(trainer.predict(pool.training_set()[0][:64]) > 0.5)
     means = [f"{metrics[m].mean():.6f}" if metrics else "" for m in METRICS]
     counts = iteration, pool.annotations, len(pseudo)
     row = dict(zip(HISTORY, [*counts, *means, seconds_scoring, f"{seconds_training:.1f}"]))

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
@@ -217,6 +218,11 @@ def stopped_at_once(advise):
 def cores():
     """How many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def composed(name):
+    """The name with each accented letter as one character, where Macs write two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def read_csv(path):
