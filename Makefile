@@ -1,15 +1,19 @@
-.PHONY: demo test faults
+.PHONY: demo test test-all faults
 .DELETE_ON_ERROR:
 
 PYTHON = .venv/bin/python
+PYTEST = $(PYTHON) -m pytest -n auto --dist loadfile
 
 demo: .venv/installed  ## the whole program on synthetic lesions
 	$(PYTHON) train.py --preset demo
 
-test: .venv/installed-dev  ## all tests
+test: .venv/installed-dev  ## the tests but the slow ones
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PYTHON) -m pytest -n auto --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-all: test  ## then the slow ones: a process for each case
+	$(PYTEST) -m slow
 
 faults: .venv/installed-dev  ## 100 kills of a run, and 100 of one that asks a person
 	KILLS=100 $(PYTHON) -m pytest tests/test_faults.py tests/test_oracle.py -s -k again_and_again

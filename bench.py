@@ -23,9 +23,21 @@ from scipy.stats import spearmanr
 import ceal
 import data
 import predict
-import train
-from train import tf
-from unet import PRECISIONS, build_unet, load_unet, mc_dropout, print_devices, save_unet, share_out
+from config import DEMO_SIZE, PRESETS, Config
+from run_folder import environment
+from sampler import mc_dropout
+from synthetic import draw_lesion
+from trainer import Trainer
+from unet import (
+    PRECISIONS,
+    about_tensorflow,
+    build_unet,
+    load_unet,
+    print_devices,
+    save_unet,
+    share_out,
+    tf,
+)
 from utils import UserError, map_in_order, read_csv, run_command, segmentation_metrics, track, whole_file
 
 SMALL = (64, 80, 1)  # the size of images where only their number matters
@@ -189,7 +201,7 @@ def write_photographs(folder, sizes):
     masks.mkdir()
     for n, (height, width) in enumerate(sizes):
         rng = np.random.default_rng(n)
-        small, mask = data.draw_lesion(rng, height // 4, width // 4)
+        small, mask = draw_lesion(rng, height // 4, width // 4)
         large = np.asarray(Image.fromarray(small).resize((width, height)))
         grain = rng.integers(0, 12, (height, width, 1), np.uint8)  # a JPEG without any would be too easy
         Image.fromarray(np.minimum(large, 243) + grain).save(images / f"ISIC_{n:07d}.jpg", quality=92)
@@ -340,7 +352,7 @@ def draw_dataset(path, size, count):
 
 def measure(args, config, folder):
     """All rows of the table, in its order."""
-    sizes = {"quick": (96, 128, 1), "best": (96, 128, 3), "demo": tuple(train.DEMO_SIZE.values())}
+    sizes = {"quick": (96, 128, 1), "best": (96, 128, 3), "demo": tuple(DEMO_SIZE.values())}
     size = sizes.get(args.preset, (192, 240, 1))
     rounds, count = (1, 8) if args.quick else (3, 16)
     with data.Dataset(args.data or draw_dataset(folder / "images.h5", size, count)) as dataset:
@@ -348,7 +360,7 @@ def measure(args, config, folder):
             raise UserError(f"{args.data} holds {len(dataset)} images, and at least {count} are needed")
         size, images = (dataset.height, dataset.width, dataset.channels), dataset.images(np.arange(count))
         rows = bench_sampler(config, images[:8], 1 if args.quick else 5)
-        trainer = train.Trainer(config, dataset, [128.0] * size[2], [50.0] * size[2])
+        trainer = Trainer(config, dataset, [128.0] * size[2], [50.0] * size[2])
         rows += bench_scoring(trainer, count, rounds)
         rows += bench_training(trainer, 1 if args.quick else 4, rounds)
         if args.weights:
@@ -363,7 +375,7 @@ def measure(args, config, folder):
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="paper", choices=train.PRESETS, help="network and passes (default paper)")
+    parser.add_argument("--preset", default="paper", choices=PRESETS, help="network and passes (default paper)")
     parser.add_argument("--data", metavar="FILE", help="images to use, an HDF5 file of data.py (default: drawn ones)")
     parser.add_argument("--weights", metavar="FILE", help="also measure half precision on these weights and --data")
     parser.add_argument(
@@ -380,10 +392,10 @@ def main():
         args.json.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.json.parent).close()
     print_devices()
-    about = train.environment()
+    about = environment(about_tensorflow())
     print(f"{about['processor']}, {about['cores']} cores, {about['date']}\n")
     print("| what | measured | to reach, preset paper |\n| --- | ---: | ---: |")
-    config = train.Config(**{**train.PRESETS[args.preset], "batch_size": 8})
+    config = Config(**{**PRESETS[args.preset], "batch_size": 8})
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(args, config, Path(folder))
     if args.json:

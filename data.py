@@ -1,4 +1,4 @@
-"""ISIC 2017 folders, any folder of images, or synthetic lesions to one HDF5 file; reading that file; the split.
+"""Folders of images, or synthetic lesions, to one HDF5 file; reading that file; the split.
 
 python data.py isic isic2017 datasets/isic2017.h5               # 192x240, one grey channel, as in the paper
 python data.py folder photos datasets/photos.h5 --masks masks   # your own images, with masks for some, all or none
@@ -8,13 +8,9 @@ python data.py show datasets/isic2017.h5 sheet.png
 """
 
 import argparse
-import contextlib
-import logging
 import os
 import re
 import shutil
-import struct
-import warnings
 from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
@@ -22,14 +18,16 @@ from typing import NamedTuple
 
 import h5py
 import numpy as np
-from matplotlib.figure import Figure
-from PIL import ExifTags, Image, UnidentifiedImageError
-from scipy import fft, ndimage
+from PIL import Image
 
+from figures import new_figure
+from pictures import NOT_AN_IMAGE, SUFFIXES, read_image, read_mask
+from synthetic import draw_lesion
 from utils import (
     LARGEST_SIDE,
     UserError,
     composed,
+    derived_seed,
     in_one_line,
     map_in_order,
     reserve,
@@ -40,8 +38,6 @@ from utils import (
 
 LAYOUT_VERSION = 2
 PARTS = {"train": "Training", "validation": "Validation", "test": "Test_v2"}  # ours: the challenge's
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-NOT_AN_IMAGE = ("_superpixels", "_segmentation")  # what ISIC's folders hold beside the images
 SPLIT_SEED = 2017
 SHEET = 1000  # images on a contact sheet, which is 30 pixels high for each
 # Two pictures of one lesion each: on one side of any split.
@@ -50,27 +46,9 @@ NEAR_DUPLICATES = [
     ("ISIC_0012672", "ISIC_0012673"),
     ("ISIC_0012756", "ISIC_0013184"),
 ]
-# The kinds of picture that are read, whatever their names: Pillow knows others, some of which start a program.
-FORMATS = ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]
-# What Pillow raises on a bad file.
-UNREADABLE = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError)
-UNREADABLE += (struct.error, Image.DecompressionBombError)
-# How to turn a picture by its orientation in EXIF.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# A picture is read or refused: what Pillow wonders about beside that, its size or its tags, helps nobody.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
-# ------------------------------------------------------------------------------------------- the folders of pictures
+# ------------------------------------------------------------------------------------------------ the folders of images
 
 
 class Pair(NamedTuple):
@@ -164,125 +142,6 @@ def _list_files(folder):
         yield composed(stem), suffix.lower(), os.path.join(folder, name)
 
 
-@contextlib.contextmanager
-def open_picture(path, file=None):
-    """A picture as Pillow opens it, for a block that decodes it; of several pages or frames the first.
-
-    Raises UserError if the file is missing, is none (a folder, a pipe), claims more than 178 megapixels, is no picture,
-    or is damaged, which may show in the block only. file: what to read if it is not `path` itself, a file object."""
-    try:
-        if not file and not os.path.isfile(path):  # the system's pipes and devices may never end
-            raise UserError(f"{path}: there is no such file" + " but a folder or a pipe" * os.path.exists(path))
-        # By its name Pillow maps a TIFF that is not compressed, and one that is to be turned it maps wrongly.
-        with file or open(path, "rb") as opened, Image.open(opened, formats=FORMATS) as picture:
-            yield picture
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not a readable picture, or of an unknown kind; get it again, or export it as PNG")
-    except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable picture ({error}); get or export it again")
-
-
-def _orientation(picture):
-    """How the picture is to be turned, a number of EXIF's; if that is damaged, the pixels need not be."""
-    try:
-        return picture.getexif().get(ExifTags.Base.Orientation)
-    except UNREADABLE:
-        return None
-
-
-def upright(picture):
-    """The picture of `open_picture` as it is to be displayed.
-
-    Pillow's own `exif_transpose` writes all of EXIF anew, and fails where that is odd."""
-    picture.load()  # which turns a TIFF, and removes its orientation
-    turn = TURNS.get(_orientation(picture))
-    return picture if turn is None else picture.transpose(turn)
-
-
-def read_image(path, height, width, channels):
-    """One picture at the network's size: (uint8 (height, width, channels), its original (height, width)).
-
-    One channel is the luminance. The aspect ratio is not kept, as in the paper; down-sampling is anti-aliased.
-    Raises UserError if the file is no 8-bit picture or is damaged.
-    """
-    mode = "L" if channels == 1 else "RGB"
-    with open_picture(path) as picture:
-        if picture.mode.startswith(("I", "F")):
-            raise UserError(f"{path}: more than 8 bits per channel; save it with 8")
-        if picture.format == "TIFF":
-            picture.load()  # Pillow has given the turned size since it opened it, but turns it only now
-        turned = _orientation(picture) in (5, 6, 7, 8)
-        original = picture.size if turned else picture.size[::-1]  # as displayed: (height, width)
-        # A JPEG decodes at 1/2, 1/4 or 1/8 of its size, in grey if asked: far less work, the same result.
-        picture.draft(mode, (height, width) if turned else (width, height))
-        picture = upright(picture)
-        picture = picture.convert("RGBA") if "transparency" in picture.info else picture  # else Pillow warns
-        pixels = np.asarray(picture.convert(mode).resize((width, height), Image.Resampling.BILINEAR))
-    return pixels.reshape(height, width, channels), original
-
-
-def open_mask(path, file=None):
-    """One mask at its own size, as displayed: a Pillow image of mode L in which skin is 0 and lesion 255.
-
-    Transparent pixels are skin; where there are two colours and one is black, the other one is lesion; else grey
-    values at edges are rounded. Raises UserError if the mask is unreadable or not two-valued.
-    file: what to read if it is not `path` itself, a file object.
-    """
-    with open_picture(path, file) as picture:
-        if picture.format in ("JPEG", "MPO", "JPEG2000"):
-            raise UserError(f"{path}: a JPEG blurs a mask's outline; save the mask as PNG")
-        if getattr(picture, "n_frames", 1) > 1:
-            raise UserError(f"{path}: {picture.n_frames} pages; save the mask as one picture without layers")
-        picture = upright(picture)
-        picture = picture if picture.mode == "L" else _in_grey(picture)  # which would copy many megapixels
-    counts = np.array(picture.histogram())
-    (values,) = np.nonzero(counts)
-    of_two = values[-1] == 1 or (len(values) == 2 and values[0] == 0)
-    grey = 0 if of_two else counts[16:240].sum() / counts.sum()
-    if grey > 0.02:
-        raise UserError(f"{path}: not a mask, {grey:.0%} of it is neither black nor white; save it as 0 and 255")
-    if set(values) - {0, 255}:
-        threshold = 0 if of_two else 128  # where the challenge's scorer cuts
-        picture = picture.point([255 * (value > threshold) for value in range(256)])
-    return picture
-
-
-def _in_grey(picture):
-    """The picture of any mode in mode L; of two colours of which one is black, the other becomes white."""
-    if picture.mode.startswith(("I", "F")):  # which Pillow would clip at 255
-        pixels = np.asarray(picture)
-        values = np.unique(pixels)
-        if len(values) > 2 or (len(values) == 2 and values[0] != 0):
-            raise ValueError("more than 8 bits per pixel, and more than black and one other value")
-        return Image.fromarray(255 * (pixels > 0).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA"))
-    picture = picture.convert("RGB")
-    colors = [color for _, color in picture.getcolors(2) or []]
-    if len(colors) == 2 and (0, 0, 0) in colors:
-        picture = picture.point(3 * [0, *255 * [255]])
-    return picture.convert("L")
-
-
-def shrink_mask(picture, height, width):
-    """A mask of `open_mask` at the network's size: uint8 0/1 (height, width)."""
-    # Averaging blocks of pixels first: a mask of many megapixels would take longer to resize than to read.
-    small = picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3)
-    return (np.asarray(small) > 127).astype(np.uint8)
-
-
-def read_mask(path, height, width):
-    """One mask at the network's size: (uint8 0/1 (height, width), its original (height, width)).
-
-    Raises UserError as `open_mask` does, and if the mask is empty.
-    """
-    picture = open_mask(path)
-    small = shrink_mask(picture, height, width)
-    if not small.any():
-        raise UserError(f"{path}: the mask is empty at {height}x{width}; draw the lesion or remove the pair")
-    return small, picture.size[::-1]
-
-
 def read_pair(pair, height, width, channels):
     """Image and mask, if there is one, of a Pair as a row for `write_dataset`; UserError if their aspects differ by
     over 2 %."""
@@ -298,106 +157,6 @@ def read_pair(pair, height, width, channels):
     return Row(pair.id, pair.part, (rows, columns), image, mask, pair.image)
 
 
-# ------------------------------------------------------------------------------------------------- synthetic lesions
-
-# Light falls as exp(-density * absorbance) through a pigment, so one density range suits every skin tone.
-BROWN = np.array([0.50, 0.95, 1.20], "f4")
-BLACK, BLUE, RED, PALE = np.array([[1.7, 1.8, 1.9], [1.3, 1.0, 0.7], [0.2, 0.9, 0.8], [0.1, 0.3, 0.3]], "f4")
-LIGHT_SKIN, DARK_SKIN, HAIR = np.array([[238, 200, 186], [112, 74, 60], [60, 42, 35]], "f4")
-STICKERS = np.array([[40, 90, 190], [240, 200, 50], [60, 150, 90], [225, 120, 50], [120, 60, 140]], "f4")
-FAINT_SHARE = 0.13
-
-
-def smooth_noise(rng, height, width, decay):
-    """Noise of mean 0 and deviation 1 whose amplitude falls as frequency ** -decay."""
-    frequency = min(height, width) * np.hypot(fft.fftfreq(height)[:, None], fft.rfftfreq(width))
-    amplitude = (np.maximum(frequency, 1.0) ** -decay * (frequency > 0)).astype("f4")
-    noise = fft.irfft2(fft.rfft2(rng.standard_normal((height, width), "f4")) * amplitude, (height, width))
-    return noise / noise.std()
-
-
-def disc(y, x, radius, softness):
-    """Opacity of a round spot at the origin; lengths are fractions of the short side."""
-    return np.clip(0.5 + (radius - np.hypot(y, x)) / softness, 0, 1)
-
-
-def draw_mask(rng, y, x, hidden):
-    """One irregular blob that covers 1 % to 60 % of the picture and avoids hidden pixels."""
-    cy, cx = rng.normal(0, rng.choice([0.2, 0.45], p=[0.8, 0.2]), 2).clip(-0.8, 0.8) * [y.max(), x.max()]
-    angles, order = np.linspace(-np.pi, np.pi, 256), np.arange(2, 9)[:, None]
-    phase, weight = rng.uniform(0, 2 * np.pi, (7, 1)), rng.normal(0, rng.uniform(0.1, 0.55), (7, 1))
-    outline = (weight / order**1.3 * np.cos(order * angles + phase)).sum(0)
-    if rng.random() < 0.2:  # a notch, as where a lesion regresses
-        outline -= rng.uniform(0.3, 0.7) * np.exp(-(((angles - rng.uniform(-2, 2)) / 0.25) ** 2))
-    # In log radius the outline and its roughness keep their shape at any lesion size.
-    level = np.log(np.hypot(y - cy, x - cx) + 1e-3) - np.interp(np.arctan2(y - cy, x - cx), angles, outline)
-    level += rng.uniform(0.02, 0.1) * smooth_noise(rng, *y.shape, 1.4)
-    level[hidden] = np.inf
-    parts, _ = ndimage.label(level <= np.quantile(level, 0.012 + 0.58 * rng.beta(1.0, 2.5)))
-    # Roughness may detach islets or open pinholes; annotators outline a single region.
-    return ndimage.binary_fill_holes(parts == np.bincount(parts.ravel())[1:].argmax() + 1) & ~hidden
-
-
-def pigment(rng, mask):
-    """Optical density (height, width, 3) of a variegated lesion, from almost invisible to nearly black."""
-    density = rng.uniform(0.02, 0.05) if rng.random() < FAINT_SHARE else 0.08 + 1.5 * rng.beta(1.2, 2.0)
-    hue = BROWN * rng.uniform(0.85, 1.15, 3).astype("f4")
-    for patch in rng.choice([BLACK, BLUE, RED, PALE], rng.integers(0, 4), p=[0.4, 0.2, 0.2, 0.2]):
-        extent = 1 / (1 + np.exp(4 * (rng.uniform(0, 1) - smooth_noise(rng, *mask.shape, 1.9))))
-        hue = hue + rng.uniform(0.4, 0.9) * extent[..., None] * (patch - hue)
-    texture = np.exp(rng.uniform(0.1, 0.35) * smooth_noise(rng, *mask.shape, rng.uniform(0.9, 1.6)))
-    # Only the look is softened: the mask stays the sharp outline that the pigment fades around.
-    edge = ndimage.gaussian_filter(mask.astype("f4"), min(mask.shape) * rng.choice([0.006, 0.01, 0.025]))
-    return (density * texture * edge)[..., None] * hue
-
-
-def draw_hairs(rng, height, width):
-    """Opacity of 0 to 39 thin curved hairs."""
-    strokes, short = np.zeros((height, width), "f4"), min(height, width)
-    t = np.linspace(0, 1, 2 * short)[:, None]
-    for _ in range(rng.choice([0, rng.integers(1, 8), rng.integers(8, 40)], p=[0.45, 0.35, 0.2])):
-        heading = rng.uniform(0, 2 * np.pi) + np.array([0, rng.normal(0, 0.4)])
-        first, last = rng.uniform(0.2, 0.6) * short * np.stack([np.sin(heading), np.cos(heading)], axis=1)
-        path = rng.uniform(-0.1, 1.1, 2) * [height, width] + 2 * t * first + t**2 * (last - first)
-        rows, columns = path[((path >= 0) & (path < [height, width])).all(1)].astype(int).T
-        strokes[rows, columns] = 1
-    thickness = max(0.45, short * rng.uniform(0.003, 0.006))
-    return np.clip(2.5 * thickness * ndimage.gaussian_filter(strokes, thickness, truncate=3), 0, 1)
-
-
-def draw_ruler(rng, image):
-    """Darkens tick marks along one edge of the image, in place."""
-    side, short = np.rot90(image, rng.integers(4)), min(image.shape[:2])
-    thickness, margin = max(1, round(0.006 * short)), int(rng.uniform(0, 0.04) * short)
-    for tick, at in enumerate(np.arange(0, side.shape[1], rng.uniform(0.035, 0.07) * short).astype(int)):
-        length = int((0.05 if tick % 5 else 0.09) * short)
-        side[margin : margin + length, at : at + thickness] *= 0.3
-
-
-def draw_lesion(rng, height, width):
-    """One dermoscopy-like image, uint8 (height, width, 3), with its exact mask, uint8 0/1 (height, width)."""
-    y, x = np.indices((height, width), "f4") / min(height, width)
-    y, x = y - y.mean(), x - x.mean()
-    field, sticker = np.ones_like(y), np.zeros_like(y)
-    if rng.random() < 0.25:  # dark corners of the dermatoscope
-        field = disc(y, x, np.hypot(y.max(), x.max()) * rng.uniform(0.78, 0.93), 0.06)
-    if rng.random() < 0.12:
-        cy, cx = rng.choice([-1, 1], 2) * [y.max(), x.max()] * rng.uniform(0.75, 1)
-        sticker = disc(y - cy, x - cx, rng.uniform(0.1, 0.25), 0.01)
-    mask = draw_mask(rng, y, x, hidden=(field < 0.5) | (sticker > 0.5))
-    skin = LIGHT_SKIN + rng.beta(1.0, 2.0) * (DARK_SKIN - LIGHT_SKIN) + rng.normal(0, 5, 3).astype("f4")
-    redness = rng.uniform(0, 0.05) * smooth_noise(rng, height, width, 1.5)[..., None] * RED
-    light = 1 + rng.normal(0, 0.1) * y + rng.normal(0, 0.1) * x - rng.uniform(0, 0.3) * (y**2 + x**2)
-    image = skin * light[..., None] * np.exp(-redness - pigment(rng, mask))
-    image += sticker[..., None] * (rng.choice(STICKERS) - image)
-    if rng.random() < 0.25:
-        draw_ruler(rng, image)
-    image += 0.85 * draw_hairs(rng, height, width)[..., None] * (HAIR * rng.uniform(0.5, 1.5) - image)
-    image *= 0.06 + 0.94 * field[..., None]
-    image += rng.uniform(1, 4) * rng.standard_normal(image.shape, "f4")
-    return image.clip(0, 255).astype(np.uint8), mask.astype(np.uint8)
-
-
 def draw_row(index, seed, height, width, channels):
     """Lesion number `index` of those that `seed` gives, whatever their number."""
     image, mask = draw_lesion(np.random.default_rng([seed, index]), height, width)
@@ -406,7 +165,7 @@ def draw_row(index, seed, height, width, channels):
     return Row(f"SYNTHETIC_{index:07d}", "train", (height, width), image, mask)
 
 
-# ------------------------------------------------------------------------------------------------------ the HDF5 file
+# -------------------------------------------------------------------------------------------------------- the HDF5 file
 
 
 class Row(NamedTuple):
@@ -551,6 +310,9 @@ class Dataset:
         return UserError(f"{self.path}: not a data file of data.py, or a damaged one ({reason}); make it again")
 
 
+# ------------------------------------------------------------------------------------------------------------ the split
+
+
 class Split(NamedTuple):
     initial: np.ndarray  # positions labelled from the start
     pool: np.ndarray  # positions that the oracle can be asked for
@@ -624,6 +386,19 @@ def _move(dataset, order, side, in_test, place, target):
     return True
 
 
+def hold_out(parts, dataset, validation, seed):
+    """The data.Split with so many of the labelled images, drawn by the seed, in place of the test images; none that has
+    a near-duplicate, which may be trained on."""
+    if not validation:
+        return parts
+    alone = ~np.isin(dataset.ids, np.ravel(NEAR_DUPLICATES))
+    with_mask = parts.initial[(dataset.has_mask & alone)[parts.initial]]
+    if len(with_mask) < validation:
+        raise UserError(f"--validation {validation}: only {len(with_mask)} of the --initial images have masks")
+    held_out = np.random.default_rng(derived_seed(seed, "validation")).permutation(with_mask)[:validation]
+    return parts._replace(initial=np.setdiff1d(parts.initial, held_out), test=np.sort(held_out))
+
+
 def normalisation(dataset, positions):
     """Mean and standard deviation of each channel over all pixels of these images: two lists of float."""
     count, total, squares = 0, 0.0, 0.0
@@ -641,7 +416,7 @@ def normalise(images, mean, std):
     return (images - np.float32(mean)) / np.float32(std)
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# ----------------------------------------------------------------------------------------------------- the command line
 
 
 def make_isic(args):
@@ -702,7 +477,7 @@ def draw_sheet(args):
     with Dataset(args.file) as dataset:
         positions = np.unique(np.linspace(0, len(dataset) - 1, args.images).astype(int))
         rows = -(-len(positions) // 6)
-        figure = Figure(figsize=(12, 12 * rows / 6))
+        figure = new_figure(figsize=(12, 12 * rows / 6))
         axes = figure.subplots(rows, 6, squeeze=False)
         for ax, position in zip(axes.flat, positions):
             ax.imshow(dataset.images([position])[0], cmap="gray")

@@ -24,15 +24,15 @@ from skimage.measure import label, regionprops
 from skimage.segmentation import find_boundaries
 
 from ceal import uncertainty_score
-from data import NOT_AN_IMAGE, SUFFIXES, normalise, open_picture, read_image, read_mask, upright
-from unet import PRECISIONS, load_unet, mc_dropout, print_devices
+from config import PRECISIONS
+from data import normalise
+from pictures import NOT_AN_IMAGE, SUFFIXES, open_picture, read_image, read_mask, resize_map, upright
 from utils import (
     UserError,
     composed,
     map_in_order,
     print_error,
     progress_bar,
-    resize_map,
     run_command,
     segmentation_metrics,
     whole_file,
@@ -235,6 +235,8 @@ def predict_batch(model, settings, batch, options):
     predictions = [np.flip(model.predict_on_batch(np.flip(inputs, axes)), axes) for axes in mirrors]
     mean = variance = [None] * len(batch)
     if options.passes:
+        from sampler import mc_dropout  # here, because TensorFlow takes seconds to import
+
         mean, variance = mc_dropout(model, images, options.passes, seed=0, **normalisation)
     return zip(paths, sizes, np.mean(predictions, 0)[..., 0], variance, mean)
 
@@ -347,6 +349,8 @@ def main():
     images, weights = find_images(args.inputs), find_weights(args.weights)
     spare_masks(images, args.out)
     truths = find_truths(args.truth, images) if args.truth else {}
+    from unet import load_unet, print_devices  # here, because TensorFlow takes seconds to import
+
     print_devices()
     model, settings = load_unet(weights, args.precision)
     passes = args.passes if args.uncertainty else 0

@@ -19,6 +19,7 @@ import bench
 import data
 import predict
 import train
+from config import Config
 from data import draw_row, write_dataset
 from utils import run_command
 
@@ -157,7 +158,7 @@ BAD_DATA = (
 )
 CASES = [
     # settings of the wrong type or out of their range
-    *(f"{TRAIN} {option(f)} {value}" for f in dataclasses.fields(train.Config) for value in wrong_values(f)),
+    *(f"{TRAIN} {option(f)} {value}" for f in dataclasses.fields(Config) for value in wrong_values(f)),
     *(f"{TRAIN} --dropout {value}" for value in (0, 1, 2)),
     *(f"{TRAIN} {option}" for option in ("--learning-rate 0", "--rotation 181", "--width-shift 1.5")),
     *(f"{TRAIN} {option}" for option in ("--filters 20000", "--filters 2000000000", "--no-such-option 1", "--run")),

@@ -137,26 +137,6 @@ def test_pseudo_labels_come_from_the_fullest_bin_and_never_from_the_queries(scor
     assert set(pseudo) <= available if len(available) >= count else available <= set(pseudo)
 
 
-def test_uniform_queries_are_of_the_whole_pool_and_none_is_named_twice():
-    chosen = [ceal.select_uniform(40, np.random.default_rng(seed), 10) for seed in range(200)]
-    assert all(len(set(positions)) == 10 for positions in chosen)
-    assert np.bincount(np.concatenate(chosen), minlength=40).min() > 20  # 50 by chance
-    assert sorted(ceal.select_uniform(7, np.random.default_rng(0), 10)) == list(range(7))
-
-
-def test_power_queries_are_as_likely_as_their_scores():
-    scores = np.array([0.0, 1, 1, 2, 6, 0])
-    first = [ceal.select_power(scores, np.random.default_rng(seed), 1)[0] for seed in range(2000)]
-    np.testing.assert_allclose(np.bincount(first, minlength=6) / 2000, scores / 10, atol=0.03)
-    for seed in range(20):
-        chosen = ceal.select_power(scores, np.random.default_rng(seed), 5)
-        assert {1, 2, 3, 4} < set(chosen)
-        assert len(set(chosen)) == 5
-    assert sorted(ceal.select_power(scores, np.random.default_rng(0), 10)) == list(range(6))
-    assert len(ceal.select_power(np.zeros(4), np.random.default_rng(0), 2)) == 2
-    assert len(ceal.select_power([], np.random.default_rng(0), 2)) == 0
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.floats(0, 1e6), max_size=60),

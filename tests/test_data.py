@@ -15,6 +15,8 @@ from conftest import write_blobs
 from PIL import Image
 
 import data
+from pictures import open_mask, read_image, read_mask
+from synthetic import draw_lesion
 from utils import UserError, run_command
 
 SIZE = ("--height", 32, "--width", 48)
@@ -267,18 +269,18 @@ def test_10000_files_are_found(tmp_path):
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_fine_detail_becomes_its_average_and_coarse_detail_stays(tmp_path, suffix, channels):
     board = 255 * (np.indices((64, 96)).sum(0) % 2)
-    image, original = data.read_image(save(tmp_path / f"x.{suffix}", board, quality=95), 32, 48, channels)
+    image, original = read_image(save(tmp_path / f"x.{suffix}", board, quality=95), 32, 48, channels)
     assert (image.shape, image.dtype, original) == ((32, 48, channels), np.uint8, (64, 96))
     assert np.abs(image - 127.5).max() < 4
     board = 255 * ((np.indices((64, 96)) // 8).sum(0) % 2)
-    image, _ = data.read_image(save(tmp_path / f"x.{suffix}", board, quality=95), 32, 48, channels)
+    image, _ = read_image(save(tmp_path / f"x.{suffix}", board, quality=95), 32, 48, channels)
     assert np.abs(image[1::4, 1::4, 0] - board[3::8, 3::8]).max() < 10
 
 
 @pytest.mark.parametrize(("covered", "expected"), [(40, 10), (41, 10), (43, 11), (44, 11)])
 def test_a_mask_is_cut_at_one_half(tmp_path, covered, expected):
     path = save(tmp_path / "x.png", 255 * (np.indices((128, 192))[1] < covered))
-    mask, original = data.read_mask(path, 32, 48)
+    mask, original = read_mask(path, 32, 48)
     assert (mask.dtype, original) == (np.uint8, (128, 192))
     np.testing.assert_array_equal(mask, np.indices((32, 48))[1] < expected)
 
@@ -291,7 +293,7 @@ def test_a_big_jpeg_reads_as_if_decoded_in_full(tmp_path):
     path = save(tmp_path / "x.jpg", pixels.clip(0, 255), quality=90)
     read = {}
     for channels, mode in (1, "L"), (3, "RGB"):
-        read[channels], original = data.read_image(path, 192, 240, channels)
+        read[channels], original = read_image(path, 192, 240, channels)
         with Image.open(path) as picture:
             full = np.array(picture.convert(mode).resize((240, 192), Image.Resampling.BILINEAR), float)
         difference = np.abs(read[channels] - full.reshape(192, 240, channels))
@@ -307,7 +309,7 @@ def test_a_turned_photograph_is_read_as_displayed(tmp_path, scale):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise: the first row is displayed as the right column
     stored = np.where(np.indices((64 * scale, 96 * scale))[0] < 32 * scale, 220, 30)
-    image, original = data.read_image(save(tmp_path / "x.jpg", stored, exif=exif), 48, 32, 1)
+    image, original = read_image(save(tmp_path / "x.jpg", stored, exif=exif), 48, 32, 1)
     assert original == (96 * scale, 64 * scale)
     assert image[:, 18:].min() > 200
     assert image[:, :14].max() < 50
@@ -320,7 +322,7 @@ def test_masks_of_0_and_1_and_masks_with_grey_edges_are_read(tmp_path, white):
     pixels = lesion * white
     if white == 255:  # 40 grey pixels, 0.7 % of all: bright in the lesion, dark outside
         pixels[16, 40:60], pixels[15, 40:60] = 200, 60
-    mask, _ = data.read_mask(save(tmp_path / "x.png", pixels), 64, 96)
+    mask, _ = read_mask(save(tmp_path / "x.png", pixels), 64, 96)
     np.testing.assert_array_equal(mask, lesion)
 
 
@@ -351,9 +353,9 @@ def test_masks_are_read_as_editors_write_them(tmp_path):
     }
     for name, picture in pictures.items():
         picture.save(tmp_path / name)
-        np.testing.assert_array_equal(np.asarray(data.open_mask(tmp_path / name)), 255 * lesion, err_msg=name)
+        np.testing.assert_array_equal(np.asarray(open_mask(tmp_path / name)), 255 * lesion, err_msg=name)
     grey.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=turned)
-    np.testing.assert_array_equal(np.asarray(data.open_mask(tmp_path / "turned.png")), 255 * lesion)
+    np.testing.assert_array_equal(np.asarray(open_mask(tmp_path / "turned.png")), 255 * lesion)
 
 
 def test_what_is_no_mask_is_refused_in_any_mode(tmp_path):
@@ -370,10 +372,10 @@ def test_what_is_no_mask_is_refused_in_any_mode(tmp_path):
     for name, picture in pictures.items():
         picture.save(tmp_path / name)
         with pytest.raises(UserError, match=name.replace(".", r"\.")):
-            data.open_mask(tmp_path / name)
+            open_mask(tmp_path / name)
     Image.new("1", (96, 64)).save(tmp_path / "pages.tif", save_all=True, append_images=[Image.new("1", (96, 64), 1)])
     with pytest.raises(UserError, match=r"pages\.tif: 2 pages"):
-        data.open_mask(tmp_path / "pages.tif")
+        open_mask(tmp_path / "pages.tif")
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -457,9 +459,9 @@ def test_too_small_a_disk_is_noticed_before_anything_is_written(run, isic, monke
 def test_16_bit_and_missing_pictures_are_refused(tmp_path):
     Image.fromarray(np.full((64, 96), 40000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(UserError, match=r"deep\.png.*8 bits"):
-        data.read_image(tmp_path / "deep.png", 32, 48, 1)
+        read_image(tmp_path / "deep.png", 32, 48, 1)
     with pytest.raises(UserError, match=r"none\.png"):
-        data.read_image(tmp_path / "none.png", 32, 48, 1)
+        read_image(tmp_path / "none.png", 32, 48, 1)
 
 
 # --------------------------------------------------------------------------------------------------- reading the file
@@ -622,7 +624,7 @@ def test_too_few_masks_for_the_test_are_refused_with_their_numbers():
 @pytest.mark.parametrize(("height", "width", "count"), [(16, 16, 100), (48, 64, 200), (64, 48, 100), (192, 240, 10)])
 def test_a_lesion_has_an_image_and_a_mask_neither_empty_nor_full(height, width, count):
     for seed in range(count):
-        image, mask = data.draw_lesion(np.random.default_rng(seed), height, width)
+        image, mask = draw_lesion(np.random.default_rng(seed), height, width)
         assert (image.shape, image.dtype) == ((height, width, 3), np.uint8)
         assert (mask.shape, mask.dtype) == ((height, width), np.uint8)
         assert set(np.unique(mask)) == {0, 1}, seed
@@ -737,7 +739,7 @@ def test_an_almost_square_image_that_is_turned_keeps_its_size(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = save(tmp_path / "turned.jpg", np.zeros((999, 1000, 3)), exif=exif)
-    assert data.read_image(path, 32, 48, 1)[1] == (1000, 999)
+    assert read_image(path, 32, 48, 1)[1] == (1000, 999)
 
 
 def test_the_same_content_has_the_same_fingerprint_wherever_and_whenever_it_is_written(tmp_path):

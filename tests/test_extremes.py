@@ -10,8 +10,10 @@ from PIL import Image
 
 import predict
 import train
+import trainer
 from data import Dataset
-from unet import build_unet, save_unet
+from trainer import Trainer
+from unet import LOSSES, build_unet, save_unet, tf
 from utils import UserError, read_csv
 
 OPTIONS = """
@@ -53,7 +55,7 @@ def constant_unet(logit):
 
 
 def test_a_collapse_shows_without_test_images_too(run, monkeypatch, capsys):
-    monkeypatch.setattr(train, "build_unet", constant_unet(-25))
+    monkeypatch.setattr(trainer, "build_unet", constant_unet(-25))
     run("--learning-rate", "1e-12", "--test", "0")
     assert capsys.readouterr().out.count("the network calls every pixel skin: it collapsed") == 2
 
@@ -69,7 +71,7 @@ def assert_figures_are_drawn(folder):
 @pytest.mark.parametrize(("logit", "distance"), [(-25, "both"), (0, "inside"), (25, "none")])
 def test_equal_scores_and_empty_or_full_predictions_are_no_error(run, data_file, monkeypatch, capsys, logit, distance):
     """25: every pixel is lesion; -25: none is; 0: the probability is 0.5 everywhere, which is no lesion."""
-    monkeypatch.setattr(train, "build_unet", constant_unet(logit))
+    monkeypatch.setattr(trainer, "build_unet", constant_unet(logit))
     folder = run("--learning-rate", "1e-12", "--distance", distance)
     collapsed = f"the network calls every pixel {'lesion' if logit > 0 else 'skin'}: it collapsed"
     assert capsys.readouterr().out.count(collapsed) == 2
@@ -127,19 +129,19 @@ def test_numbers_that_are_too_large_mean_all(run):
 
 
 def not_finite(truth, prediction):
-    return train.tf.reduce_mean(prediction) * np.nan
+    return tf.reduce_mean(prediction) * np.nan
 
 
 def test_a_training_that_breaks_down_says_so_and_writes_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(train.LOSSES, "dice", not_finite)
+    monkeypatch.setitem(LOSSES, "dice", not_finite)
     with pytest.raises(UserError, match="--learning-rate 1e-05 and --active-learning-rate 0: the training broke down"):
         run()
     assert not list((tmp_path / "r").glob("*iteration*"))
 
 
 def test_a_network_that_overflows_is_a_training_that_broke_down(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "build_unet", constant_unet(np.nan))
-    monkeypatch.setattr(train.Trainer, "fit", lambda *_: None)
+    monkeypatch.setattr(trainer, "build_unet", constant_unet(np.nan))
+    monkeypatch.setattr(Trainer, "fit", lambda *_: None)
     with pytest.raises(UserError, match="--learning-rate 1e-05 and --active-learning-rate 0: the training broke down"):
         run()
     assert not list((tmp_path / "r").glob("*iteration*"))
@@ -147,9 +149,9 @@ def test_a_network_that_overflows_is_a_training_that_broke_down(run, tmp_path, m
 
 def test_too_little_memory_is_one_sentence(run, tmp_path, monkeypatch):
     def fail(*_):
-        raise train.tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[32,64,192,240]")
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[32,64,192,240]")
 
-    monkeypatch.setattr(train.Trainer, "fit", fail)
+    monkeypatch.setattr(Trainer, "fit", fail)
     with pytest.raises(UserError, match="--batch-size 4 --filters 1: not enough memory; lower one of them"):
         run()
     assert not list((tmp_path / "r").glob("*iteration*"))

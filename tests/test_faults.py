@@ -21,6 +21,7 @@ import bench
 import data
 import predict
 import train
+from run_folder import read_record
 from utils import UserError, read_csv, run_command
 
 KILLS = int(os.environ.get("KILLS", 4))
@@ -43,10 +44,10 @@ def hook(event, arguments):
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(hook)
 sys.argv = ["train.py", "--run", folder, *sys.argv[4:]]
-import train
-train.Checkpoint.EVERY = 0
+import train, trainer, utils
+trainer.Checkpoint.EVERY = 0
 try:
-    train.run_command(train.main)
+    utils.run_command(train.main)
 finally:
     print("operations", count)
 """
@@ -295,12 +296,12 @@ armed = ""
 sys.addaudithook(hook)
 sys.argv = ["train.py", "--run", folder, *arguments]
 sys.path.insert(0, root)
-import train
-train.Checkpoint.EVERY = 0
+import train, trainer, utils
+trainer.Checkpoint.EVERY = 0
 for kind in [*kinds, ""]:
     armed = kind
     try:
-        train.run_command(train.main)
+        utils.run_command(train.main)
     except SystemExit as stopped:
         assert bool(stopped.code) == bool(kind), (kind, stopped.code)
     empty()
@@ -439,5 +440,5 @@ def test_a_damaged_file_of_a_run_under_way_is_named(refused, half_run, name, spo
 def test_a_damaged_record_of_a_scoring_is_cut(tmp_path, line):
     record = tmp_path / "record"
     record.write_text("[2, [0.25], [0.75]]\n" + line)
-    assert train.read_record(record, 2) == [[[0.25], [0.75]]]
+    assert read_record(record, 2) == [[[0.25], [0.75]]]
     assert record.read_text() == "[2, [0.25], [0.75]]\n"

@@ -20,10 +20,13 @@ from PIL import Image
 from scipy.ndimage import binary_dilation
 from test_faults import content, start
 
-import ceal
 import data
 import train
-from data import Dataset, shrink_mask
+from data import Dataset
+from oracle import FolderOracle, Unanswered, draw_overlay, read_rejections
+from pictures import shrink_mask
+from run_folder import METRICS
+from trainer import Trainer
 from utils import UserError, read_csv, write_csv
 
 KILLS = int(os.environ.get("KILLS", 2))
@@ -137,13 +140,13 @@ def everything(run):
 
 def test_a_whole_run_with_a_person_who_starts_with_no_masks(go, hospital, few_masks, tmp_path, monkeypatch):
     photos, truths = hospital
-    run, trained, fit = tmp_path / "a run", [], train.Trainer.fit
+    run, trained, fit = tmp_path / "a run", [], Trainer.fit
 
     def spy(self, positions, labels, iteration):
         trained.append(dict(zip(self.dataset.ids[positions], labels)))
         fit(self, positions, labels, iteration)
 
-    monkeypatch.setattr(train.Trainer, "fit", spy)
+    monkeypatch.setattr(Trainer, "fit", spy)
 
     # It asks for the first masks, and has nothing to propose.
     code, out, err = go(run, "--data", few_masks, "--oracle", "folder", *OPTIONS.split())
@@ -282,7 +285,7 @@ def test_without_test_images_the_result_is_not_measured_and_the_run_says_so(go, 
         assert (code, err) == (0, "")
     history = read_csv(run / "history.csv")
     assert [row["annotations"] for row in history] == ["6", "10"]
-    assert {row[name] for row in history for name in train.METRICS} == {""}
+    assert {row[name] for row in history for name in METRICS} == {""}
     assert not list(run.rglob("test.csv")) + list(run.rglob("dice.png"))
     assert (run / "iteration_01" / "scores.png").exists()
     scores = read_csv(run / "iteration_01" / "scores.csv")
@@ -292,7 +295,7 @@ def test_without_test_images_the_result_is_not_measured_and_the_run_says_so(go, 
 
 
 def test_wait_goes_on_as_soon_as_all_is_answered(go, few_masks, hospital, tmp_path, monkeypatch):
-    monkeypatch.setattr(ceal.FolderOracle, "POLL", 0.05)
+    monkeypatch.setattr(FolderOracle, "POLL", 0.05)
     run, stop = tmp_path / "r", threading.Event()
 
     def person():
@@ -340,12 +343,12 @@ def oracle(few_masks, tmp_path):
         maps = np.random.default_rng(0).random((2, *shape)).astype(np.float32)
 
         def make(ask=True, **switches):
-            oracle = ceal.FolderOracle(run, dataset, **switches)
+            oracle = FolderOracle(run, dataset, **switches)
             if ask:
                 oracle.ask(0, groups, lambda positions: zip(*maps))
             return oracle
 
-        with pytest.raises(ceal.Unanswered):
+        with pytest.raises(Unanswered):
             make()
         make.ids, make.positions, make.folder, make.dataset = (
             dataset.ids[positions],
@@ -432,7 +435,7 @@ def test_what_is_wrong_is_named_and_what_is_right_is_kept(oracle, hospital, way,
     for clutter in "Thumbs.db", ".DS_Store", f"._{right}.png", "desktop.ini":
         (oracle.masks / clutter).write_text("clutter")
     capsys.readouterr()
-    with pytest.raises(ceal.Unanswered) as waiting:
+    with pytest.raises(Unanswered) as waiting:
         oracle()
     assert waiting.value.wrong
     out, err = capsys.readouterr()
@@ -474,7 +477,7 @@ def test_an_answer_stays_as_it_is(oracle, hospital, capsys):
 
 def test_partial_takes_what_there_is_and_late_answers_count_from_the_next_iteration(oracle, hospital):
     run = oracle.folder.parent
-    with pytest.raises(ceal.Unanswered):
+    with pytest.raises(Unanswered):
         oracle(partial=True)  # nothing at all is too little
     save_mask(hospital[1][oracle.ids[5]], oracle.masks / f"{oracle.ids[5]}.png")
     save_mask(hospital[1][oracle.ids[2]], oracle.masks / f"{oracle.ids[2]}.png")
@@ -511,9 +514,7 @@ def test_proposals_lie_on_the_image_as_it_is_displayed(oracle):
 
 
 def test_a_large_image_gets_a_small_overlay():
-    overlay = ceal.draw_overlay(
-        Image.new("RGB", (3000, 1500), "white"), np.zeros(SIZE, "f4"), np.eye(*SIZE, dtype="f4")
-    )
+    overlay = draw_overlay(Image.new("RGB", (3000, 1500), "white"), np.zeros(SIZE, "f4"), np.eye(*SIZE, dtype="f4"))
     assert overlay.size == (1024, 512)
     assert (np.asarray(overlay)[10, 10] != 255).any()  # the uncertain diagonal is red
     assert (np.asarray(overlay)[10, -10] == 255).all()
@@ -527,7 +528,7 @@ def test_an_original_that_is_gone_or_another_is_named(few_masks, hospital, tmp_p
     with Dataset(few_masks) as dataset:
         dataset.folder = str(photos)
         spoil(photos / dataset.files[2])
-        oracle = ceal.FolderOracle(tmp_path, dataset)
+        oracle = FolderOracle(tmp_path, dataset)
         with pytest.raises(UserError, match=dataset.files[2]):
             oracle.ask(0, {"initial": np.array([1, 2])})
     assert not list((tmp_path / "annotate").iterdir())
@@ -565,7 +566,7 @@ COLLECT = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import ceal, data
+import data, oracle
 run, at, count = sys.argv[2], int(sys.argv[4]), 0
 def hook(event, arguments):
     global count
@@ -575,7 +576,7 @@ def hook(event, arguments):
             os.kill(os.getpid(), signal.SIGKILL)
 with data.Dataset(sys.argv[3]) as dataset:
     sys.addaudithook(hook)
-    ceal.FolderOracle(Path(run), dataset).collect()
+    oracle.FolderOracle(Path(run), dataset).collect()
 print(count)
 """
 
@@ -713,4 +714,4 @@ def test_a_whole_run_on_real_images_whose_proposals_a_person_edits(go, tmp_path)
 def test_short_lines_and_other_columns_of_queries_csv_are_read_rightly(tmp_path):
     path = tmp_path / "queries.csv"
     path.write_text("group,answer,id\nrandom\nrandom,,A\nrandom,reject: blurred,B\n")
-    assert ceal.read_rejections(path, {"A", "B"}) == ({"B": "blurred"}, [])
+    assert read_rejections(path, {"A", "B"}) == ({"B": "blurred"}, [])

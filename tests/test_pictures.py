@@ -13,6 +13,7 @@ from PIL import Image
 
 import data
 import predict
+from pictures import read_image, read_mask
 from utils import UserError, read_csv, run_command
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # as data.py has it, for its users
@@ -93,7 +94,7 @@ GOOD = {
 @pytest.mark.parametrize("name", GOOD)
 def test_an_unusual_picture_is_read_as_it_is_displayed(tmp_path, name, channels):
     GOOD[name](tmp_path / name)
-    pixels, size = data.read_image(tmp_path / name, HEIGHT, WIDTH, channels)
+    pixels, size = read_image(tmp_path / name, HEIGHT, WIDTH, channels)
     assert size == (HEIGHT, WIDTH)
     assert pixels.shape == (HEIGHT, WIDTH, channels)
     assert np.abs(pixels.astype(int) - LEVEL[..., None]).max() <= 6
@@ -101,7 +102,7 @@ def test_an_unusual_picture_is_read_as_it_is_displayed(tmp_path, name, channels)
 
 def test_a_picture_of_one_bit_is_black_and_white(tmp_path):
     Image.fromarray(LEVEL > 127).save(tmp_path / "x.png")
-    pixels, _ = data.read_image(tmp_path / "x.png", HEIGHT, WIDTH, 1)
+    pixels, _ = read_image(tmp_path / "x.png", HEIGHT, WIDTH, 1)
     np.testing.assert_array_equal(pixels[..., 0], 255 * (LEVEL > 127))
 
 
@@ -122,7 +123,7 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_an_unusual_mask_is_read_as_it_is_displayed(tmp_path, name):
     MASKS[name](tmp_path / name)
-    mask, size = data.read_mask(tmp_path / name, HEIGHT, WIDTH)
+    mask, size = read_mask(tmp_path / name, HEIGHT, WIDTH)
     assert size == (HEIGHT, WIDTH)
     np.testing.assert_array_equal(mask, LESION)
 
@@ -132,7 +133,7 @@ def test_a_jpeg_is_no_mask_whatever_its_name(tmp_path):
     path = tmp_path / "mask.png"
     Image.fromarray(255 * LESION.astype(np.uint8)).save(path, "JPEG", quality=98)
     with pytest.raises(UserError, match=r"mask\.png: a JPEG blurs"):
-        data.read_mask(path, HEIGHT, WIDTH)
+        read_mask(path, HEIGHT, WIDTH)
 
 
 def truncated(name):
@@ -177,23 +178,23 @@ def text_bomb():
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("read", [data.read_image, data.read_mask])
+@pytest.mark.parametrize("read", [read_image, read_mask])
 def test_what_is_no_picture_is_refused(tmp_path, name, read):
     BAD[name](tmp_path / name)
     with pytest.raises(UserError) as refusal:
-        read(tmp_path / name, 32, 48, *([1] if read is data.read_image else []))
+        read(tmp_path / name, 32, 48, *([1] if read is read_image else []))
     assert str(refusal.value).startswith(f"{tmp_path / name}: ")
 
 
 BOMBS = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-import data
+from pictures import read_image
 from utils import UserError
 for path in sys.argv[2:]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        print(*data.read_image(path, 32, 48, 1)[1], end=" ")
+        print(*read_image(path, 32, 48, 1)[1], end=" ")
     except UserError as error:
         print("refused", end=" ")
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -229,8 +230,8 @@ ODD_EXIF = {
 def test_odd_notes_beside_the_pixels_are_no_reason_to_refuse_them(tmp_path, name):
     exif, size = ODD_EXIF[name]
     for kind, picture, read in (
-        ("jpg", COLOR, data.read_image),
-        ("png", INVERTED.point(lambda v: 255 * (v > 99)), data.read_mask),
+        ("jpg", COLOR, read_image),
+        ("png", INVERTED.point(lambda v: 255 * (v > 99)), read_mask),
     ):
         path = tmp_path / f"x.{kind}"
         picture.save(path, exif=b"Exif\0\0" + exif)
@@ -242,7 +243,7 @@ def test_a_large_photograph_is_read_the_same_turned_or_not(tmp_path):
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1600, 2400), np.uint8)).resize((1600, 2400))
     upright.save(tmp_path / "upright.jpg", quality=95)
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", quality=95, exif=orientation(6))
-    one, other = (data.read_image(tmp_path / f"{name}.jpg", 192, 240, 1)[0] for name in ("upright", "turned"))
+    one, other = (read_image(tmp_path / f"{name}.jpg", 192, 240, 1)[0] for name in ("upright", "turned"))
     assert np.abs(one.astype(float) - other).mean() < 1
 
 

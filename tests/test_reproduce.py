@@ -10,13 +10,30 @@ import pytest
 from conftest import write_blobs
 from scipy.stats import norm
 
+import figures
 import reproduce
-from reproduce import Run, configure
-from train import read_config
+from config import read_config
+from experiment import (
+    ARMS,
+    REGIMES,
+    Run,
+    area,
+    common_iterations,
+    configure,
+    curves,
+    interval,
+    interval_over_seeds,
+    keep_record,
+    needed,
+    rate_pool,
+    reached,
+    region_edges,
+    summarise,
+)
 from utils import UserError, read_csv, write_csv
 
 PAPER = read_config([])
-RUNS = [Run(regime, arm, 1) for regime in reproduce.REGIMES for arm in reproduce.ARMS]
+RUNS = [Run(regime, arm, 1) for regime in REGIMES for arm in ARMS]
 
 
 # ---------------------------------------------------------------------------------------------------------- the arms
@@ -36,7 +53,7 @@ def test_every_arm_trains_as_long_on_as_many_annotations(run):
 
 
 def test_every_arm_is_what_its_name_says():
-    config = {arm: configure(Run("scarce", arm, 1), PAPER) for arm in reproduce.ARMS}
+    config = {arm: configure(Run("scarce", arm, 1), PAPER) for arm in ARMS}
     pseudo = {arm: (c.pseudo_first, c.pseudo_step) for arm, c in config.items()}
     assert {arm for arm, counts in pseudo.items() if counts == (0, 0)} == {
         "no_pseudo",
@@ -71,9 +88,9 @@ def test_every_arm_is_what_its_name_says():
 )
 def test_arms_share_the_iterations_in_which_they_do_not_differ(one, other, shared):
     runs = Run("scarce", one, 1), Run("scarce", other, 1)
-    assert reproduce.common_iterations(*runs, PAPER) == reproduce.common_iterations(*runs[::-1], PAPER) == shared
-    assert reproduce.common_iterations(runs[0], Run("scarce", other, 2), PAPER) == 0
-    assert reproduce.common_iterations(runs[0], Run("paper", other, 1), PAPER) == 0
+    assert common_iterations(*runs, PAPER) == common_iterations(*runs[::-1], PAPER) == shared
+    assert common_iterations(runs[0], Run("scarce", other, 2), PAPER) == 0
+    assert common_iterations(runs[0], Run("paper", other, 1), PAPER) == 0
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
@@ -84,7 +101,7 @@ def test_the_interval_covers_seeds_and_images():
     rng = np.random.default_rng(0)
     seeds, images = rng.normal(0, 0.3, 30), rng.normal(0, 1, 300)
     values = 0.1 + seeds[:, None] + images
-    low, high = reproduce.interval(values)
+    low, high = interval(values)
     half = norm.ppf(0.975) * np.sqrt(seeds.var() / 30 + images.var() / 300)
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.01)
     assert (high - low) / 2 == pytest.approx(half, rel=0.08)
@@ -93,55 +110,54 @@ def test_the_interval_covers_seeds_and_images():
 def test_the_interval_over_seeds_takes_the_images_as_they_are():
     values = np.array([[0.1, 0.3], [0.4, 0.2], [0.6, 0.8]])  # means of seeds 0.2, 0.3, 0.7
     half = 4.302653 * np.std([0.2, 0.3, 0.7], ddof=1) / np.sqrt(3)  # Student's t of two degrees of freedom
-    assert reproduce.interval_over_seeds(values) == pytest.approx((0.4 - half, 0.4 + half))
+    assert interval_over_seeds(values) == pytest.approx((0.4 - half, 0.4 + half))
 
 
 def test_the_area_is_the_curves_mean_height():
     # From 100 to 200 at 0.75 on average, from 200 to 400 at 0.9: (100 * 0.75 + 200 * 0.9) / 300.
-    assert reproduce.area([100, 200, 400], [0.7, 0.8, 1.0]) == pytest.approx(0.85)
-    assert reproduce.area([100, 200], np.array([[0, 1], [0.2, 0.4]])).tolist() == pytest.approx([0.5, 0.3])
-    assert reproduce.area([100, 100, 100], [0.7, 0.8, 1.0]) == pytest.approx(0.825)  # nobody is asked
+    assert area([100, 200, 400], [0.7, 0.8, 1.0]) == pytest.approx(0.85)
+    assert area([100, 200], np.array([[0, 1], [0.2, 0.4]])).tolist() == pytest.approx([0.5, 0.3])
+    assert area([100, 100, 100], [0.7, 0.8, 1.0]) == pytest.approx(0.825)  # nobody is asked
 
 
 def test_where_nobody_is_asked_the_curve_stands_beside_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "save_figure", lambda figure, path, vector: drawn.append(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path, vector: drawn.append(figure))
     drawn = []
     asked = {"random": [100, 135, 170], "no_queries": [100] * 3, "full_in_stages": [1600] * 3, "full": [1600]}
     found = {}
     for arm, n in asked.items():
         record = {"annotations": n, "dice": [0.8] * len(n), "jaccard": [0.7], "images": np.ones((9, len(n)))}
         found["scarce", arm] = {1: record}
-    reproduce.figure_curves(found, tmp_path / "dice.png")
+    figures.figure_curves(curves(found), tmp_path / "dice.png")
     (ax,) = drawn[0].axes
     places = {bars.get_label(): bars[0].get_xdata() for bars in ax.containers}
     assert list(places) == ["random (1)", "no_queries, 100 labels (1)", "full_in_stages, 1600 labels (1)"]
     assert all(np.abs(x - [100, 135, 170]).max() < 10 for x in places.values())
-    rows = {row["arm"]: row for row in reproduce.summarise(found)}
+    rows = {row["arm"]: row for row in summarise(found)}
     assert (rows["no_queries"]["annotations"], rows["no_queries"]["area"]) == (100, pytest.approx(0.8))
 
 
 def test_annotations_needed_are_where_the_mean_curve_first_gets_there():
     runs = {seed: {"annotations": [10, 20, 30], "dice": [0.5, dice, 0.9]} for seed, dice in ((1, 0.7), (2, 0.9))}
-    assert reproduce.needed(runs, 0.95, 0.84) == 20  # 0.8 is more than 0.798
-    assert reproduce.needed(runs, 0.99, 0.84) == 30
-    assert reproduce.needed(runs, 0.99, 1.0) is None
-    assert reproduce.needed(runs, 0.95, None) is None
+    assert needed(runs, 0.95, 0.84) == 20  # 0.8 is more than 0.798
+    assert needed(runs, 0.99, 0.84) == 30
+    assert needed(runs, 0.99, 1.0) is None
+    assert needed(runs, 0.95, None) is None
 
 
 def test_full_alone_has_no_curve_and_nothing_to_be_compared_with(tmp_path):
     found = {
         ("scarce", "full"): {1: {"annotations": [1600], "dice": [0.8], "jaccard": [0.7], "images": np.ones((3, 1))}}
     }
-    for draw in reproduce.figure_curves, reproduce.figure_differences, reproduce.figure_saved, reproduce.figure_pool:
-        draw(found, tmp_path / "x.png")
+    reproduce.draw(found, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert reproduce.summarise(found)[0]["dice"] == 0.8
+    assert summarise(found)[0]["dice"] == 0.8
 
 
 def test_a_curve_reaches_a_dice_where_it_first_comes_to_it():
     annotations, dice = np.array([100, 135, 170, 205]), np.array([0.80, 0.82, 0.81, 0.83])
     levels = 0.79, 0.80, 0.81, 0.82, 0.825, 0.84
-    found = [reproduce.reached(annotations, dice, level) for level in levels]
+    found = [reached(annotations, dice, level) for level in levels]
     assert found == pytest.approx([100, 100, 117.5, 135, 196.25, np.nan], nan_ok=True)
 
 
@@ -150,7 +166,7 @@ def test_the_regions_are_counted_as_the_paper_draws_them():
     score = np.array([0, 0.1, 0.2, 0.3, 5.9, 6.1, 46, 47.5, 80])
     dice = np.array([0.9, 0.9, 0, 0.1, 0.79, 0.2, 0.9, 0.9, 0.1])
     group = np.array(["pseudo", "", "no_detection", "", "", "random", "", "", "most_uncertain"])
-    found = reproduce.rate_pool({"score": score, "dice": dice, "group": group}, reproduce.region_edges(score))
+    found = rate_pool({"score": score, "dice": dice, "group": group}, region_edges(score))
     assert (found["certain_and_right"], found["certain_and_poor"]) == (3, 2)
     assert (found["uncertain_region"], found["most_uncertain_region"]) == (2, 2)
     assert (found["dice_pseudo"], found["dice_no_detection"], found["dice_random"]) == (0.9, 0.0, 0.2)
@@ -218,13 +234,13 @@ def test_a_record_holds_all_iterations_in_their_order(tmp_path):
     write_csv(tmp_path / "run" / "history.csv", ["iteration"], [[k] for k in range(102)])
     for name in "config.json", "environment.json", "iteration_07_old":
         (tmp_path / "run" / name).touch()
-    reproduce.keep_record(Run("scarce", "random", 1), tmp_path / "run", tmp_path)
+    keep_record(Run("scarce", "random", 1), tmp_path / "run", tmp_path)
     (row, _) = read_csv(tmp_path / "records" / "scarce-random-1" / "test_dice.csv")
     assert list(row.values()) == ["a", *(str(k / 200) for k in range(102))]
 
     write_csv(tmp_path / "run" / "iteration_07" / "test.csv", ["id", "dice"], [["a", 1]])
     with pytest.raises(UserError, match="run: not as this program wrote it"):
-        reproduce.keep_record(Run("scarce", "random", 2), tmp_path / "run", tmp_path)
+        keep_record(Run("scarce", "random", 2), tmp_path / "run", tmp_path)
     assert [path.name for path in (tmp_path / "records").iterdir()] == ["scarce-random-1"]
 
 
@@ -291,7 +307,7 @@ def test_runs_on_other_data_than_the_records_are_refused_before_they_start(repro
     ("file", "content"),
     [("environment.json", "{"), ("history.csv", ""), ("history.csv", "annotations,dice,jaccard\n100,0.8,0.7\n")]
     + [("test_dice.csv", content) for content in ("", "id,iteration_00\na,0.8\n", "id,iteration_00\na,?\n")]
-    + [("pool.csv", "iteration,pool\n1,40\n"), ("iteration_01_queries.csv", "id\na\n")],
+    + [("pool.csv", "iteration,pool\n1,40\n"), ("queries.csv", "id\na\n"), ("pool_images.npz", "")],
 )
 def test_a_damaged_record_is_refused_by_name(reproduction, monkeypatch, tmp_path, file, content):
     shutil.copytree(reproduction / "res" / "records", tmp_path / "res" / "records")

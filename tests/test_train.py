@@ -11,10 +11,15 @@ import pytest
 from conftest import ROOT, blobs, write_blobs
 
 import ceal
+import sampler
 import train
 import unet
+from config import PRESETS, TRAINED, Config, read_config
 from data import Dataset, split
-from unet import augmentation, load_unet, mc_dropout, training_batches
+from run_folder import METRICS
+from sampler import mc_dropout
+from trainer import Trainer, augmentation, training_batches
+from unet import load_unet
 from utils import UserError, derived_seed, read_csv, segmentation_metrics
 
 TINY = "--filters 8 --initial 16 --pool 30 --test 10 --initial-epochs 15 --active-epochs 2 --batch-size 4 --passes 3"
@@ -33,7 +38,7 @@ def dataset(tmp_path_factory):
 def a_run(dataset, tmp_path_factory):
     """A whole tiny run, made by `main`; returns its folder and every (positions, targets, iteration) trained on."""
     trained, run = [], tmp_path_factory.mktemp("runs") / "tiny"
-    fit = train.Trainer.fit
+    fit = Trainer.fit
 
     def spy(self, positions, targets, iteration):
         trained.append((positions, targets, iteration))
@@ -41,7 +46,7 @@ def a_run(dataset, tmp_path_factory):
 
     arguments = ["train.py", "--data", dataset.path, "--run", run, "--iterations", 3, "--learning-rate", 0.001]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Trainer, "fit", spy)
+        patch.setattr(Trainer, "fit", spy)
         patch.setattr("sys.argv", [str(a) for a in arguments] + TINY.split() + QUERIES.split())
         train.main()
     return run, trained
@@ -202,7 +207,7 @@ def test_training_does_not_read_the_test_images_at_all(dataset, tmp_path, monkey
 
 
 def test_the_plain_sampler_gives_the_same_run(a_run, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(unet, "_is_build_unet", lambda model: False)
+    monkeypatch.setattr(sampler, "_is_build_unet", lambda model: False)
     arguments = f"train.py --data {dataset.path} --run {tmp_path / 'r'} --iterations 1 --learning-rate 0.001"
     monkeypatch.setattr("sys.argv", f"{arguments} {TINY} {QUERIES}".split())
     train.main()
@@ -210,7 +215,7 @@ def test_the_plain_sampler_gives_the_same_run(a_run, dataset, tmp_path, monkeypa
     assert fast == plain
     fast, plain = (read_csv(run / "history.csv")[:2] for run in (a_run[0], tmp_path / "r"))
     for a, b in zip(fast, plain, strict=True):
-        assert [float(a[name]) for name in train.METRICS] == pytest.approx([float(b[name]) for name in train.METRICS])
+        assert [float(a[name]) for name in METRICS] == pytest.approx([float(b[name]) for name in METRICS])
 
 
 def test_uniform_queries_need_no_scores_until_there_are_pseudo_labels(dataset, tmp_path, monkeypatch):
@@ -230,7 +235,7 @@ def test_the_test_images_metrics_are_written_one_by_one(a_run, dataset):
     run, _ = a_run
     rows, row = read_csv(run / "iteration_03" / "test.csv"), read_csv(run / "history.csv")[-1]
     assert [r["id"] for r in rows] == dataset.ids[split(dataset, 16, 30, 10).test].tolist()
-    for name in train.METRICS:
+    for name in METRICS:
         assert float(row[name]) == pytest.approx(np.mean([float(r[name]) for r in rows]), abs=2e-6)
 
 
@@ -240,7 +245,7 @@ def test_settings_can_be_chosen_by_labelled_images_held_out(a_run, dataset, tmp_
     arguments = f"train.py --data {dataset.path} --run {run} --iterations 0 {TINY} {QUERIES} --validation 6"
     monkeypatch.setattr("sys.argv", [*arguments.split(), "--initial-epochs", "1"])
     trained = []
-    monkeypatch.setattr(train.Trainer, "fit", lambda self, positions, *_: trained.extend(positions))
+    monkeypatch.setattr(Trainer, "fit", lambda self, positions, *_: trained.extend(positions))
     train.main()
     measured = {row["id"] for row in read_csv(run / "iteration_00" / "test.csv")}
     initial = set(dataset.ids[split(dataset, 16, 30, 10).initial])
@@ -400,7 +405,7 @@ def test_with_augmentation_pseudo_labels_stay_soft_and_masks_two_valued():
 @pytest.fixture
 def trainer(dataset):
     options = f"--data {dataset.path} --filters 2 --batch-size 4 --initial-epochs 2 --active-epochs 2"
-    return train.Trainer(train.read_config(options.split()), dataset, [128.0], [50.0])
+    return Trainer(read_config(options.split()), dataset, [128.0], [50.0])
 
 
 def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(trainer):
@@ -465,7 +470,7 @@ def test_training_goes_on_with_the_optimizers_state_or_not_at_all(trainer, tmp_p
 
 def test_float16_training_scales_its_loss_and_goes_on_where_it_was(dataset, tmp_path):
     options = f"--data {dataset.path} --filters 2 --batch-size 4 --initial-epochs 4 --precision float16"
-    one, other = (train.Trainer(train.read_config(options.split()), dataset, [128.0], [50.0]) for _ in range(2))
+    one, other = (Trainer(read_config(options.split()), dataset, [128.0], [50.0]) for _ in range(2))
     positions, path = np.arange(8), tmp_path / "a.weights.h5"
     one.fit(positions, list(dataset.masks(positions)), 0)
     assert not np.array_equal(one.model.get_weights()[0], other.model.get_weights()[0])
@@ -495,7 +500,7 @@ def test_batches_are_the_same_wherever_training_goes_on(trainer):
 
 
 def test_the_defaults_are_the_papers():
-    config = train.read_config([])
+    config = read_config([])
     expected = {"initial": 600, "pool": 1000, "test": 400, "filters": 32, "dropout": 0.5, "learning_rate": 1e-5}
     expected |= {"batch_size": 32, "initial_epochs": 10, "active_epochs": 2, "iterations": 9, "passes": 20}
     expected |= {"no_detection": 10, "most_uncertain": 10, "random": 15, "rotation": 40, "width_shift": 0.2}
@@ -503,16 +508,16 @@ def test_the_defaults_are_the_papers():
     assert config.run.startswith("runs/paper-")
 
 
-@pytest.mark.parametrize("preset", train.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_a_run(preset):
-    config = train.read_config(["--preset", preset])
+    config = read_config(["--preset", preset])
     assert config.preset == preset
     assert config.initial + config.pool in (220, 1600)
 
 
 def test_tuned_is_the_papers_network_and_loop_and_quick_is_its_training_but_for_rates_and_steps():
-    paper, tuned, quick = (dataclasses.asdict(train.read_config(["--preset", p])) for p in ("paper", "tuned", "quick"))
-    training = {*train.TRAINED, "preset", "run"}
+    paper, tuned, quick = (dataclasses.asdict(read_config(["--preset", p])) for p in ("paper", "tuned", "quick"))
+    training = {*TRAINED, "preset", "run"}
     assert {name for name in paper if paper[name] != tuned[name]} <= training
     differs = {name for name in tuned if tuned[name] != quick[name]}
     assert differs == {
@@ -522,16 +527,16 @@ def test_tuned_is_the_papers_network_and_loop_and_quick_is_its_training_but_for_
 
 
 def test_an_option_overrides_the_preset():
-    config = train.read_config(["--preset", "quick", "--passes", "7"])
-    assert (config.passes, config.filters, config.learning_rate) == (7, 16, train.PRESETS["quick"]["learning_rate"])
+    config = read_config(["--preset", "quick", "--passes", "7"])
+    assert (config.passes, config.filters, config.learning_rate) == (7, 16, PRESETS["quick"]["learning_rate"])
 
 
 def test_help_explains_every_setting(capsys):
     with pytest.raises(SystemExit) as exit:
-        train.read_config(["--help"])
+        read_config(["--help"])
     assert exit.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"--{name.replace('_', '-')} " in text for name in vars(train.Config()))
+    assert all(f"--{name.replace('_', '-')} " in text for name in vars(Config()))
 
 
 @pytest.mark.parametrize(
@@ -554,7 +559,7 @@ def test_help_explains_every_setting(capsys):
 )
 def test_settings_that_make_no_sense_are_refused_by_name(wrong):
     with pytest.raises(UserError, match=wrong.split()[0]):
-        train.read_config(wrong.split())
+        read_config(wrong.split())
 
 
 def test_without_data_it_says_how_to_get_it(run_script, tmp_path):

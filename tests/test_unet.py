@@ -6,18 +6,11 @@ import pytest
 import tensorflow as tf
 from conftest import blobs
 
+import sampler
 import unet
-from unet import (
-    _image_seeds,
-    build_unet,
-    dice_coefficient,
-    dice_loss,
-    keras,
-    learning_rate,
-    load_unet,
-    mc_dropout,
-    save_unet,
-)
+from sampler import _image_seeds, _is_build_unet, _sampler, mc_dropout
+from trainer import learning_rate, restart, training_step
+from unet import build_unet, dice_coefficient, dice_loss, keras, load_unet, save_unet
 from utils import UserError
 
 
@@ -167,9 +160,9 @@ def test_a_training_step_is_keras_own():
         keras.utils.set_random_seed(1)
         model = build_unet(32, 48, filters=4)
         model.compile(keras.optimizers.SGD(0.1), unet.dice_bce_loss, jit_compile=False)
-        step = unet.training_step(model) if rearranged else lambda *batch, model=model: model.train_step(batch)
+        step = training_step(model) if rearranged else lambda *batch, model=model: model.train_step(batch)
         for number in range(3):
-            unet.restart(model.get_layer("dropout").seed_generator, 5, number)
+            restart(model.get_layer("dropout").seed_generator, 5, number)
             step(*map(tf.constant, batch))
         found.append(model.get_weights())
     for mine, theirs in zip(*found):
@@ -190,18 +183,18 @@ def test_the_fast_passes_are_those_of_the_whole_network(any_network, batch_size,
     model, images = any_network
     options = {"passes": 5, "seed": 3, "batch_size": batch_size, "mean": 128, "std": 50}
     fast = mc_dropout(model, images, **options)
-    monkeypatch.setattr(unet, "_is_build_unet", lambda model: False)
-    unet._sampler.cache_clear()
+    monkeypatch.setattr(sampler, "_is_build_unet", lambda model: False)
+    _sampler.cache_clear()
     plain = mc_dropout(model, images, **options)
-    unet._sampler.cache_clear()
+    _sampler.cache_clear()
     for a, b in zip(fast, plain):
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert plain[1].max() > 1e-3
 
 
 def test_only_the_very_network_is_rearranged(network):
-    assert unet._is_build_unet(network)
-    assert unet._is_build_unet(build_unet(16, 32, 3, filters=2, dropout=0.2, precision="bfloat16"))
+    assert _is_build_unet(network)
+    assert _is_build_unet(build_unet(16, 32, 3, filters=2, dropout=0.2, precision="bfloat16"))
 
     def changed(**changes):
         def change(layer):
@@ -210,11 +203,11 @@ def test_only_the_very_network_is_rearranged(network):
 
         return keras.models.clone_model(network, clone_function=change)
 
-    assert unet._is_build_unet(changed())
-    assert not unet._is_build_unet(changed(decoder_1_a={"activation": "tanh"}))
-    assert not unet._is_build_unet(changed(up_2={"interpolation": "bilinear"}))
+    assert _is_build_unet(changed())
+    assert not _is_build_unet(changed(decoder_1_a={"activation": "tanh"}))
+    assert not _is_build_unet(changed(up_2={"interpolation": "bilinear"}))
     outputs = keras.layers.Dropout(0.1, name="another")(network.output)
-    assert not unet._is_build_unet(keras.Model(network.input, outputs))
+    assert not _is_build_unet(keras.Model(network.input, outputs))
 
 
 def test_dropout_elsewhere_is_sampled_too():

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from unet import build_unet, count_parameters, keras, load_unet, save_unet
+from unet import LARGEST_KERNEL, build_unet, count_parameters, keras, load_unet, save_unet
 from utils import UserError
 
 
@@ -180,3 +180,43 @@ def test_good_weights_of_a_name_that_keras_does_not_take_are_told_which(unet_wei
 @pytest.mark.parametrize(("channels", "filters"), [(1, 1), (3, 2), (1, 32), (3, 5)])
 def test_weights_are_counted_as_keras_counts_them(channels, filters):
     assert count_parameters(channels, filters) == build_unet(16, 16, channels, filters).count_params()
+
+
+@pytest.fixture
+def half_weights(unet_weights, tmp_path):
+    """The same network, stored in half precision."""
+    model, settings = load_unet(unet_weights)
+    path = tmp_path / "half.weights.h5"
+    save_unet(model, path, settings["mean"], settings["std"], dtype="float16")
+    return path
+
+
+def test_half_precision_is_for_the_large_kernels_and_is_loaded_as_float32(unet_weights, half_weights):
+    (full, settings), (half, same) = load_unet(unet_weights), load_unet(half_weights)
+    assert same == settings
+    assert {variable.dtype for variable in half.weights} == {"float32"}
+    saved = 0
+    for layer, twin in zip(full.layers, half.layers, strict=True):
+        for a, b in zip(layer.get_weights(), twin.get_weights(), strict=True):
+            stored = np.float16 if layer.count_params() > 50_000 else np.float32
+            np.testing.assert_array_equal(a.astype(stored).astype(np.float32), b)
+            saved += a.nbytes // 2 if stored == np.float16 else 0
+    assert saved > 0.65 * 2 * count_parameters(1, 8)
+    assert half_weights.stat().st_size == pytest.approx(unet_weights.stat().st_size - saved, abs=4096)
+
+
+def test_a_file_in_half_precision_cannot_claim_more_weights_than_it_has_room_for(half_weights):
+    room = half_weights.stat().st_size
+    filters = next(n for n in range(8, 100) if 2 * count_parameters(1, n) > room)
+    with h5py.File(half_weights, "r+") as file:
+        file.attrs["unet"] = json.dumps({**json.loads(file.attrs["unet"]), "filters": filters})
+    assert "too small" in refusal(half_weights)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "f8", "i2"])
+def test_weights_of_another_type_are_refused(weights, dtype):
+    with h5py.File(weights, "r+") as file:
+        kernel = file[LARGEST_KERNEL][:]
+        del file[LARGEST_KERNEL]
+        file.create_dataset(LARGEST_KERNEL, data=kernel.astype(dtype))
+    assert "weights of type" in refusal(weights)

@@ -1,0 +1,486 @@
+"""The experiment: its arms and regimes, the records of finished runs, and their statistics.
+
+Nothing here runs anything: that is reproduce.py.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import shutil
+from typing import NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+from scipy.stats import bootstrap, spearmanr, ttest_1samp
+
+import ceal
+from figures import GROUPS, Curve, Regions
+from strategies import STRATEGIES
+from utils import UserError, in_one_line, read_csv, whole_file, whole_folder, write_csv
+
+NO_PSEUDO = {"pseudo_first": 0, "pseudo_step": 0}
+# The settings that an arm changes in the preset.
+ARMS = {
+    "ceal": {},
+    "no_pseudo": NO_PSEUDO,
+    "no_distance": {"distance": "none"},
+    "empty_only": {"no_detection_rule": "empty"},
+    "power": {"query": "power"},
+    "uncertain_only": {"no_detection": 0, "random": 0},  # most_uncertain: all of them
+    "entropy": {"uncertainty": "entropy"},
+    "bald": {"uncertainty": "bald"},
+    "random": {"query": "uniform", **NO_PSEUDO},
+    "random_pseudo": {"query": "uniform"},
+    "no_queries": {"query": "none", **NO_PSEUDO},
+    "full_in_stages": {"query": "none", **NO_PSEUDO},
+    # The rate of the iterations is set to 0, so that records do not differ in a setting that this arm does not use.
+    "full": {"iterations": 0, "active_learning_rate": 0.0},
+}
+# Every other strategy is an arm of its own name.
+ARMS |= {
+    name: {"query": name}
+    for name in STRATEGIES
+    if name not in {changes.get("query", "paper") for changes in ARMS.values()}
+}
+FULL = "full_in_stages", "full"  # all images labelled from the start: the same in both regimes
+# Settings in which compared runs may differ, because they do not change a result.
+PLACE = "run", "data", "devices", "deterministic"
+LINES = ["k-o", "k--s", "b-^", "m-*", "c-h", "b--v", "g-D", "g--P", "r-x", "r--+", "y-.", "k-.", "k:", "m--d", "c--p"]
+STYLES = dict(zip(ARMS, itertools.cycle(LINES)))
+REGIMES = "scarce", "paper"
+# The columns of a record's pool.csv: what `rate_pool` returns.
+POOL = [
+    "iteration",
+    "pool",
+    "correlation",
+    "certain_and_poor",
+    "most_uncertain_region",
+    "certain_and_right",
+    "uncertain_region",
+    "dice_pool",
+    *(f"dice_{group}" for group in GROUPS),
+]
+FAILURE = 0.788  # the Dice at a Jaccard index of 0.65, below which the challenge counts a mask as failed
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+class Run(NamedTuple):
+    regime: str
+    arm: str
+    seed: int
+
+    @property
+    def name(self):
+        return f"{self.arm}-{self.seed}" if self.arm in FULL else f"{self.regime}-{self.arm}-{self.seed}"
+
+    @classmethod
+    def named(cls, name):
+        """The run of this `name`; one of FULL in the first regime."""
+        try:
+            *regime, arm, seed = name.split("-")
+            run = cls(*regime or REGIMES[:1], arm, int(seed))
+        except (TypeError, ValueError):
+            run = None
+        if run is None or run.arm not in ARMS or run.regime not in REGIMES:
+            raise UserError(f"{name}: no record of reproduce.py has such a name; move it out of records/")
+        return run
+
+
+def configure(run, base):
+    """The run's train.Config, changed from that of all runs.
+
+    All arms have the same test images, the same weights at first, the same optimizer steps; all but FULL and
+    `no_queries` the same number of annotations. The scarce regime begins with a sixth of the labels.
+    """
+    labelled, half_way = base.initial + base.pool, base.initial + base.iterations * base.asked // 2
+    initial_steps, active_steps = base.training_steps(base.initial, 0), base.training_steps(half_way, 1)
+    initial = base.initial if run.regime == "paper" else base.initial // 6
+    changes = dict(ARMS[run.arm])
+    if run.arm in FULL:
+        initial = labelled
+    if run.arm == "full":
+        initial_steps += base.iterations * active_steps
+    if run.arm == "uncertain_only":
+        changes["most_uncertain"] = base.asked
+    steps = {"initial_steps": initial_steps, "active_steps": active_steps}
+    return dataclasses.replace(base, seed=run.seed, initial=initial, pool=labelled - initial, **steps, **changes)
+
+
+def common_iterations(run, other, base):
+    """How many iterations two runs have in common, being the same up to there, bit for bit on a CPU."""
+    if {*FULL} & {run.arm, other.arm} or run[::2] != other[::2] or run == other:
+        return 0
+    mine, theirs = (dataclasses.replace(configure(r, base), **NO_PSEUDO) for r in (run, other))
+    return min(base.pseudo_start, base.iterations + 1) if mine == theirs else 1
+
+
+def different_setting(run, folder, base):
+    """The first setting in which the config.json in this folder is not that of the run, in words; None if none is."""
+    stored, wanted = json.loads((folder / "config.json").read_text()), dataclasses.asdict(configure(run, base))
+    for name in wanted:
+        of_folder = stored.get(name, getattr(type(base), name))  # a setting that is newer than the folder
+        if of_folder != wanted[name] and name not in PLACE:
+            return f"--{name.replace('_', '-')} {of_folder}, not {wanted[name]}"
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------------- records
+
+
+def keep_record(run, folder, out):
+    """Copy what a finished run has found, without weights and images, into OUT/records/."""
+    with whole_folder(out / "records" / run.name) as record:
+        for name in "config.json", "environment.json", "history.csv":
+            shutil.copy(folder / name, record)
+        with as_written(folder):
+            iterations = [folder / f"iteration_{k:02d}" for k, _ in enumerate(read_csv(folder / "history.csv"))]
+            tests = [read_csv(iteration / "test.csv") for iteration in iterations]
+            rows = list(zip(*([round(float(row["dice"]), 4) for row in test] for test in tests), strict=True))
+        header = ["id", *(iteration.name for iteration in iterations)]
+        write_csv(record / "test_dice.csv", header, ((row["id"], *dice) for row, dice in zip(tests[0], rows)))
+        keep_queries(iterations, record)
+        scored = {k: iteration for k, iteration in enumerate(iterations) if (iteration / "scores.csv").exists()}
+        if scored:
+            keep_pools(scored, record)
+        if scored and run.arm == "ceal" and run.seed == 1:  # for the paper's Fig. 1
+            for k in {min(scored), max(scored)}:
+                shutil.copy(scored[k] / "examples.png", record / f"{scored[k].name}_examples.png")
+
+
+def keep_queries(iterations, record):
+    """queries.csv of a record: `iteration, id, group` of every image that was selected."""
+    queries = {k: folder / "queries.csv" for k, folder in enumerate(iterations) if (folder / "queries.csv").exists()}
+    rows = [(k, row["id"], row["group"]) for k, path in queries.items() for row in read_csv(path)]
+    write_csv(record / "queries.csv", ["iteration", "id", "group"], rows)
+
+
+def keep_pools(scored, record):
+    """pool.csv of a record, a row of `rate_pool` per scored iteration, and pool_images.npz with the score and the Dice
+    of each pool image: `ids` (N,), `iterations` (K,), `score` and `dice`, float32 (K, N), NaN for an image that was
+    not in the pool."""
+    pools = {k: read_pool(folder) for k, folder in scored.items()}
+    edges = region_edges(pools[min(pools)]["score"])
+    rows = [{"iteration": k, **rate_pool(pool, edges)} for k, pool in pools.items()]
+    write_csv(record / "pool.csv", POOL, ([row[name] for name in POOL] for row in rows))
+    ids = sorted({id for pool in pools.values() for id in pool["id"]})
+    place = {id: n for n, id in enumerate(ids)}
+    maps = {name: np.full((len(pools), len(ids)), np.nan, np.float32) for name in ("score", "dice")}
+    for row, pool in enumerate(pools.values()):
+        for name, values in maps.items():
+            values[row, [place[id] for id in pool["id"]]] = pool[name]
+    with whole_file(record / "pool_images.npz") as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, ids=ids, iterations=list(pools), **maps)
+
+
+def read_pool(folder):
+    """scores.csv and queries.csv of an iteration: a dict of `id`, str (n,), `score` and `dice`, float64 (n,), and
+    `group`, str (n,), empty where an image was not selected."""
+    return join_pool(read_csv(folder / "scores.csv"), read_csv(folder / "queries.csv"))
+
+
+def join_pool(scores, queries):
+    """As `read_pool`, from rows that have been read."""
+    groups = {row["id"]: row["group"] for row in queries}
+    return {
+        "id": np.array([row["id"] for row in scores]),
+        "score": np.array([float(row["uncertainty"]) for row in scores]),
+        "dice": np.array([float(row["dice"]) for row in scores]),
+        "group": np.array([groups.get(row["id"], "") for row in scores]),
+    }
+
+
+def region_edges(scores):
+    """The two scores that part certain, uncertain and most uncertain images: those between which the random group
+    lies."""
+    return tuple(sorted(ceal.random_range(*ceal.histogram(scores)[2:])))
+
+
+def rate_pool(pool, edges):
+    """One iteration's pool: its size, the rank correlation of score and Dice, how many images lie in each of the
+    paper's four regions, and the mean Dice of the whole and of each group (empty if the group is)."""
+    low, high = edges
+    score, dice = pool["score"], pool["dice"]
+    certain, most = score < low, score >= high
+    of_group = {name: dice[pool["group"] == name] for name in GROUPS}
+    constant = np.ptp(score) == 0 or np.ptp(dice) == 0
+    return {
+        "pool": len(score),
+        "correlation": "" if constant else round(float(spearmanr(score, dice).statistic), 4),
+        "certain_and_poor": int((certain & (dice < FAILURE)).sum()),
+        "most_uncertain_region": int(most.sum()),
+        "certain_and_right": int((certain & (dice >= FAILURE)).sum()),
+        "uncertain_region": int((~certain & ~most).sum()),
+        "dice_pool": round(float(dice.mean()), 4),
+        **{f"dice_{name}": round(float(values.mean()), 4) if len(values) else "" for name, values in of_group.items()},
+    }
+
+
+def check_records(out, base):
+    """Raise UserError if a record is damaged or was made with other settings, or two with different data."""
+    data = {}
+    for folder in record_folders(out):
+        with as_written(folder):
+            different = different_setting(Run.named(folder.name), folder, base)
+            data[recorded_data(folder)] = folder
+        if different:
+            raise UserError(f"{folder} was made with {different}: give the settings it was made with, or another --out")
+    if len(data) > 1:
+        raise UserError(f"{' and '.join(map(str, data.values()))} were made with different --data: give each its --out")
+
+
+def recorded_data(folder):
+    """The fingerprint of the data that a record was made with."""
+    return json.loads((folder / "environment.json").read_text())["data_fingerprint"]
+
+
+def record_folders(out):
+    """The folders of all records, without what a process is writing at the moment."""
+    return sorted((out / "records").glob("[!.]*-*"))
+
+
+@contextlib.contextmanager
+def as_written(folder):
+    """Name the record that turns out to be damaged, in a UserError."""
+    try:
+        yield
+    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, BadZipFile) as error:
+        raise UserError(f"{folder}: not as this program wrote it ({in_one_line(error)}); move it away")
+
+
+def read_pools(folder):
+    """The pools of `read_pool` that a record keeps: a dict of iteration to pool.
+
+    Records of earlier versions keep them as csv files, and for `ceal` with seed 1 alone."""
+    pools = {}
+    for file in sorted(folder.glob("iteration_*_scores.csv")):
+        queries = file.with_name(file.name.replace("scores", "queries"))
+        pools[int(file.name.split("_")[1])] = join_pool(read_csv(file), read_csv(queries))
+    if not (folder / "pool_images.npz").exists():
+        return pools
+    groups = {(int(row["iteration"]), row["id"]): row["group"] for row in read_csv(folder / "queries.csv")}
+    with np.load(folder / "pool_images.npz") as stored:
+        ids = stored["ids"]
+        for k, score, dice in zip(stored["iterations"].tolist(), stored["score"], stored["dice"]):
+            there = np.isfinite(score)
+            group = np.array([groups.get((k, id), "") for id in ids[there].tolist()])
+            maps = {"score": score[there].astype(np.float64), "dice": dice[there].astype(np.float64)}
+            pools[k] = {"id": ids[there], **maps, "group": group}
+    return pools
+
+
+def read_record(folder):
+    """What a run has found: a dict."""
+    history, test = read_csv(folder / "history.csv"), read_csv(folder / "test_dice.csv")
+    names = [name for name in test[0] if name != "id"]
+    pool = read_csv(folder / "pool.csv") if (folder / "pool.csv").exists() else []
+    record = {
+        "annotations": [int(row["annotations"]) for row in history],
+        "dice": [float(row["dice"]) for row in history],
+        "jaccard": [float(row["jaccard"]) for row in history],
+        "images": np.array([[float(row[name]) for name in names] for row in test]),  # (image, iteration)
+        "pool": [{name: json.loads(row[name] or "null") for name in POOL} for row in pool],
+        "pools": read_pools(folder),
+    }
+    if record["images"].shape[1] != len(history):
+        raise ValueError(f"{len(history)} rows in history.csv, {len(names)} iterations in test_dice.csv")
+    return record
+
+
+def read_records(out):
+    """All records: a dict of (regime, arm) to a dict of seed to `read_record`; those of FULL are in both regimes.
+
+    In the order of REGIMES and ARMS."""
+    found = {}
+    for folder in record_folders(out):
+        run = Run.named(folder.name)
+        with as_written(folder):
+            record = read_record(folder)
+        for regime in REGIMES if run.arm in FULL else [run.regime]:
+            found.setdefault((regime, run.arm), {})[run.seed] = record
+    compared = {regime for regime, arm in found if arm not in FULL} or set(REGIMES)
+    order = [(regime, arm) for regime in REGIMES if regime in compared for arm in ARMS]
+    return {key: found[key] for key in order if key in found}
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def area(annotations, dice):
+    """Mean height of the curve of Dice, (..., K), against annotations, (K,), or iterations where nobody is asked."""
+    annotations = annotations if annotations[-1] > annotations[0] else range(len(annotations))
+    return np.trapezoid(dice, annotations) / (annotations[-1] - annotations[0])
+
+
+def interval(differences):
+    """95 % bootstrap interval of the mean of (seed, image), seeds and images being drawn anew, each for itself.
+
+    Their two scatters add up as they should; that of one seed's network on one image counts up to three times, so the
+    interval is on the wide side (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007)."""
+    seeds, images = map(np.arange, differences.shape)
+
+    def mean(some_seeds, some_images, axis):
+        return differences[some_seeds[..., :, None], some_images[..., None, :]].mean((-2, -1))
+
+    options = {"n_resamples": 4000, "method": "percentile"}
+    found = bootstrap((seeds, images), mean, rng=np.random.default_rng(0), **options)
+    return tuple(map(float, found.confidence_interval))
+
+
+def interval_over_seeds(differences):
+    """95 % interval (Student's t) of the mean of (seed, image) over other seeds, for these images as they are."""
+    return tuple(map(float, ttest_1samp(differences.mean(1), 0).confidence_interval()))
+
+
+def against_random(runs, baseline, measure, interval_of=interval):
+    """Mean of an arm's `measure`, record -> (image,), less that of `random`, over common seeds, and its 95 % interval;
+    None if there are fewer than two."""
+    seeds = sorted(runs.keys() & baseline.keys())
+    if len(seeds) < 2:
+        return None
+    differences = np.stack([measure(runs[seed]) - measure(baseline[seed]) for seed in seeds])
+    return float(differences.mean()), *interval_of(differences)
+
+
+def last_dice(record):
+    """Each test image's Dice at the end."""
+    return record["images"][:, -1]
+
+
+def mean_dice(record):
+    """Each test image's Dice averaged along the curve; `area`."""
+    return area(record["annotations"], record["images"])
+
+
+def summarise(found):
+    """The table: a dict per regime and arm."""
+    rows = []
+    for (regime, arm), runs in found.items():
+        ends = np.array([run["dice"][-1] for run in runs.values()])
+        row = {
+            "regime": regime,
+            "arm": arm,
+            "seeds": len(runs),
+            "annotations": max(r["annotations"][-1] for r in runs.values()),
+        }
+        row |= {"dice": ends.mean(), "dice_sd": ends.std(ddof=1) if len(ends) > 1 else None}
+        row["jaccard"] = np.mean([run["jaccard"][-1] for run in runs.values()])
+        full, baseline = found.get((regime, "full"), {}), found.get((regime, "random"), {})
+        common = sorted(full.keys() & runs.keys())
+        reference = np.mean([full[seed]["dice"][-1] for seed in common]) if common else None
+        row["of_full"] = np.mean([runs[seed]["dice"][-1] for seed in common]) / reference if common else None
+        if arm not in FULL:
+            areas = np.array([area(run["annotations"], run["dice"]) for run in runs.values()])
+            row |= {"area": areas.mean(), "area_sd": areas.std(ddof=1) if len(areas) > 1 else None}
+            shared = {seed: runs[seed] for seed in common}
+            row |= {f"annotations_to_{share}": needed(shared, share / 100, reference) for share in (95, 99)}
+        if arm not in ("random", *FULL):
+            row["dice_against_random"] = against_random(runs, baseline, last_dice)
+            row["area_against_random"] = against_random(runs, baseline, mean_dice)
+            row["area_on_these_images"] = against_random(runs, baseline, mean_dice, interval_over_seeds)
+        rows.append(row)
+    return rows
+
+
+def mean_curve(runs):
+    """(annotations, mean Dice over the seeds), float (K,) each."""
+    return np.mean([run["annotations"] for run in runs.values()], 0), np.mean([run["dice"] for run in runs.values()], 0)
+
+
+def needed(runs, share, reference):
+    """The annotations with which the seeds' mean curve first reaches this share of `full`; None if it never does."""
+    if reference is None:
+        return None
+    annotations, dice = mean_curve(runs)
+    reached = annotations[dice >= share * reference]
+    return int(reached[0]) if len(reached) else None
+
+
+def reached(annotations, dice, level):
+    """The annotations at which a curve, (K,) and (K,), first reaches this Dice, interpolated; NaN if it never does."""
+    k = int(np.argmax(dice >= level))
+    if dice[k] < level:
+        return np.nan
+    return float(np.interp(level, dice[k - 1 : k + 1], annotations[k - 1 : k + 1])) if k else float(annotations[0])
+
+
+# ------------------------------------------------------------------------------------------ the numbers of the figures
+
+
+def curves(found):
+    """Dice against annotations of every arm with the standard deviation over seeds, for figures.figure_curves.
+
+    An arm that asks for nothing is drawn where the other arms are after as many steps."""
+    panels = {}
+    for regime in REGIMES:
+        arms = [arm for arm in STYLES if (regime, arm) in found]
+        if not set(arms) - set(FULL):
+            continue
+        asked = max((mean_curve(found[regime, arm])[0] for arm in arms if arm not in FULL), key=lambda a: a[-1])
+        panels[f"{regime} regime"] = lines = []
+        for arm in arms:
+            runs = found[regime, arm]
+            annotations, dice = mean_curve(runs)
+            spread = np.std([run["dice"] for run in runs.values()], 0, ddof=min(1, len(runs) - 1))
+            labels = f", {annotations[0]:.0f} labels" if annotations[0] == annotations[-1] else ""
+            at = asked if labels and len(asked) == len(dice) else annotations
+            lines.append(Curve(f"{arm}{labels} ({len(runs)})", STYLES[arm], at, dice, spread))
+    return panels
+
+
+def differences(found):
+    """Each arm's Dice less that of `random` after each iteration, over common seeds, with the 95 % interval of
+    `interval`, for figures.figure_differences."""
+    panels = {}
+    for (regime, arm), runs in found.items():
+        baseline = found.get((regime, "random"), {})
+        seeds = len(runs.keys() & baseline.keys())
+        if arm not in ("random", *FULL) and seeds > 1:
+            annotations, _ = mean_curve(baseline)
+            at = [lambda run, k=k: run["images"][:, k] for k in range(len(annotations))]
+            values = np.transpose([against_random(runs, baseline, measure) for measure in at])
+            panels.setdefault(regime, []).append((f"{arm} ({seeds} seeds)", annotations, *values))
+    return panels
+
+
+def saved(found):
+    """How many annotations fewer than `random` each arm needs for the best Dice that `random` has had up to each point,
+    over common seeds, for figures.figure_saved."""
+    panels = {}
+    for (regime, arm), runs in found.items():
+        baseline = found.get((regime, "random"), {})
+        seeds = runs.keys() & baseline.keys()
+        if arm in ("random", "no_queries", *FULL) or not seeds:
+            continue
+        annotations, dice = mean_curve({seed: runs[seed] for seed in seeds})
+        reference = mean_curve({seed: baseline[seed] for seed in seeds})[1]
+        # The best so far, because a curve may go down again after it has reached a level.
+        levels = np.maximum.accumulate(reference)
+        fewer = [reached(annotations, reference, level) - reached(annotations, dice, level) for level in levels]
+        curve = Curve(f"{arm} ({len(seeds)})", STYLES[arm], annotations, np.array(fewer))
+        panels.setdefault(f"{regime} regime", []).append(curve)
+    return panels
+
+
+def pool_means(found):
+    """The means over seeds of the columns of pool.csv for `ceal`, in the first regime that has it: (iterations, dict of
+    column to float (K,), NaN where a group is empty), for figures.figure_pool; None if no record has them."""
+    runs = next((found[key] for key in ((regime, "ceal") for regime in REGIMES) if key in found), None)
+    if runs is None or not any(run["pool"] for run in runs.values()):
+        return None
+    tables = [run["pool"] for run in runs.values()]
+
+    def mean(name):
+        columns = np.array([[row[name] for row in table] for table in tables], float)  # None, an empty group, to NaN
+        return np.ma.masked_invalid(columns).mean(0).filled(np.nan)  # without a warning where a group is empty
+
+    return [row["iteration"] for row in tables[0]], {name: mean(name) for name in POOL}
+
+
+def regions(pools):
+    """A dict of iteration to pool as a list of figures.Regions, with the limits of the first."""
+    edges = region_edges(pools[min(pools)]["score"])
+    titles = {k: f"after iteration {k - 1}: {len(pool['score'])} in the pool" for k, pool in pools.items()}
+    return [Regions(titles[k], p["score"], p["dice"], p["group"], edges, FAILURE) for k, p in pools.items()]

@@ -1,0 +1,169 @@
+"""Monte Carlo dropout: T stochastic predictions of each image, their mean and their uncertainty map [P, section 2].
+
+The fast sampler runs what does not depend on dropout once an image; the plain one works for any network with dropout.
+"""
+
+import functools
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+
+from unet import build_unet, halves, keras, layers, share_out, tf, unet_settings
+
+
+class Measure(NamedTuple):
+    """What an uncertainty map holds: a value per pass, averaged over the passes, then a function of the average."""
+
+    of_pass: object  # (prediction, mean before this pass, mean after it) -> float32 (N, H, W); None: not needed
+    of_all: object  # (mean of the predictions, average of `of_pass`) -> the uncertainty map, float32 (N, H, W)
+
+
+def entropy(probability):
+    """Entropy of a yes or no with this probability, in nats."""
+    return -tf.math.xlogy(probability, probability) - tf.math.xlog1py(1.0 - probability, -probability)
+
+
+def mutual_information(mean, mean_entropy):
+    """Of prediction and dropout, in nats; below 0 by rounding alone."""
+    return tf.maximum(entropy(mean) - mean_entropy, 0.0)
+
+
+# The choices of --uncertainty.
+MEASURES = {
+    # By Welford's update: the passes need not be kept, and a small variance does not cancel away.
+    "variance": Measure(lambda pred, before, after: (pred - before) * (pred - after), lambda mean, average: average),
+    "entropy": Measure(None, lambda mean, average: entropy(mean)),
+    "bald": Measure(lambda pred, before, after: entropy(pred), mutual_information),
+}
+
+
+def mc_dropout(model, images, passes, seed, keys=None, batch_size=16, mean=0.0, std=1.0, measure="variance"):
+    """Mean and uncertainty map of `passes` stochastic predictions (the paper's section 2, its Fig. 1).
+
+    images: uint8 or float32 (N, H, W, C); the network sees (images - mean) / std, mean and std being a float per
+    channel or one for all. Returns (mean, uncertainty), float32 (N, H, W) each. measure: what a pixel's uncertainty
+    is, the `variance` of its predictions, the population's, as in the paper; the `entropy` of their mean, in nats; or
+    `bald`, the mutual information of prediction and dropout: that entropy less the predictions' mean entropy. A pass
+    of an image draws its dropout mask from (seed, the image's key, the number of the pass) alone, so neither the
+    batch size, nor the order, nor the other images, nor the number of devices matter. keys: an int per image that
+    names it, say its position in the data set; without them its pixels do. Each device gets `batch_size` images at
+    a time.
+    """
+    if passes < 1:
+        raise ValueError(f"passes must be at least 1, not {passes}")
+    images = np.ascontiguousarray(images, None if images.dtype == np.uint8 else np.float32)
+    image_seeds = _image_seeds(images if keys is None else np.asarray(keys, np.int64), seed)
+    constants = np.int64(passes), np.atleast_1d(np.float32(mean)), np.atleast_1d(np.float32(std))
+    maps = np.empty((2, *images.shape[:3]), np.float32)
+    step = batch_size * model.distribute_strategy.num_replicas_in_sync
+    for start in range(0, len(images), step):
+        some = slice(start, start + step)
+        maps[:, some] = _on_all_devices(model, images[some], image_seeds[some], constants, measure)
+    return tuple(maps)
+
+
+def _on_all_devices(model, images, image_seeds, constants, measure):
+    """(mean, uncertainty) of one step's images, shared out among the devices of the model's strategy."""
+    strategy, sample = model.distribute_strategy, _sampler(model, images.dtype, measure)
+    maps = sample(*share_out(strategy, images, image_seeds), *map(tf.constant, constants))
+    return [np.concatenate(strategy.experimental_local_results(kind)) for kind in maps]
+
+
+def _image_seeds(names, seed):
+    """An int64 for each name, an image's pixels or key, and the seed."""
+    salt = int(seed).to_bytes(8, "little", signed=True)
+    return np.frombuffer(b"".join(blake2b(name.tobytes(), digest_size=8, salt=salt).digest() for name in names), "<i8")
+
+
+@functools.lru_cache(maxsize=4)
+def _sampler(model, dtype, measure):
+    """A compiled function (images, image_seeds, passes, mean, std) -> (mean, uncertainty) for images of this dtype."""
+    of_pass, of_all = MEASURES[measure]
+    prepare = _decoder_passes(model) if _is_build_unet(model) else _whole_network_passes(model)
+
+    def sample(images, image_seeds, passes, mean, std):
+        normalised = tf.ensure_shape((tf.cast(images, tf.float32) - mean) / std, images.shape)
+        one_pass = prepare(normalised, image_seeds)
+        mean = total = tf.zeros(tf.shape(images)[:3])
+        for number in tf.range(passes):
+            prediction = one_pass(number)
+            before = mean
+            mean += (prediction - mean) / tf.cast(number + 1, tf.float32)
+            if of_pass:
+                total += of_pass(prediction, before, mean)
+        return mean, of_all(mean, total / tf.cast(passes, tf.float32))
+
+    strategy = model.distribute_strategy
+    if strategy.num_replicas_in_sync > 1:
+        return tf.function(lambda *batch: strategy.run(sample, batch), reduce_retracing=True)
+    image, channels = tf.TensorSpec((None, *model.input_shape[1:]), dtype), tf.TensorSpec([None], tf.float32)
+    image_seeds, passes = tf.TensorSpec([None], tf.int64), tf.TensorSpec([], tf.int64)
+    return tf.function(sample, input_signature=[image, image_seeds, passes, channels, channels])
+
+
+def _is_build_unet(model):
+    """Whether the network is exactly one of `build_unet`, so that its passes may be rearranged."""
+    try:
+        return model.get_config() == build_unet(**unet_settings(model)).get_config()
+    except (ValueError, AttributeError):  # other layers, another size
+        return False
+
+
+def _dropout_masks(shape, rate, image_seeds, number):
+    """bool (N, *shape): what pass `number` keeps of each image."""
+    seeds = tf.stack([image_seeds, tf.fill(tf.shape(image_seeds), number)], 1)
+
+    def kept(seed):
+        # An algorithm by name: the default differs between devices.
+        return tf.random.stateless_uniform(shape, seed, alg="philox") >= rate
+
+    return tf.map_fn(kept, seeds, fn_output_signature=tf.bool)
+
+
+class _KnownDropout(layers.Dropout):
+    """Dropout in a pass of `_whole_network_passes`, which sets what the masks depend on."""
+
+    image_seeds = number = None
+
+    def call(self, inputs, training=False):
+        masks = _dropout_masks(inputs.shape[1:], self.rate, self.image_seeds, self.number)
+        return inputs / tf.cast(1.0 - self.rate, inputs.dtype) * tf.cast(masks, inputs.dtype)
+
+
+def _whole_network_passes(model):
+    """The plain way, for any network with dropout: each pass runs all of it. See `_sampler`."""
+
+    def swap(layer):
+        return _KnownDropout(layer.rate, dtype=layer.dtype_policy) if isinstance(layer, layers.Dropout) else layer
+
+    twin = keras.models.clone_model(model, clone_function=swap)
+    dropouts = [layer for layer in twin.layers if isinstance(layer, _KnownDropout)]
+
+    def prepare(images, image_seeds):
+        def one_pass(number):
+            for index, layer in enumerate(dropouts):
+                layer.image_seeds, layer.number = image_seeds + index, number
+            return twin(images, training=False)[..., 0]
+
+        return one_pass
+
+    return prepare
+
+
+def _decoder_passes(model):
+    """The fast way, for `build_unet`: the same passes, by its `halves`; the encoder runs once per image, for all that
+    is random comes after it. See `_sampler`."""
+    dropout, (encode, decode) = model.get_layer("dropout"), halves(model)
+
+    def prepare(images, image_seeds):
+        bottleneck, rest = encode(images)
+        bottleneck /= tf.cast(1.0 - dropout.rate, bottleneck.dtype)
+
+        def one_pass(number):
+            masks = _dropout_masks(bottleneck.shape[1:], dropout.rate, image_seeds, number)
+            return decode(bottleneck * tf.cast(masks, bottleneck.dtype), rest)[..., 0]
+
+        return one_pass
+
+    return prepare

@@ -1,0 +1,54 @@
+"""config.py: its names are those of the tables, and it answers without TensorFlow."""
+
+import subprocess
+import sys
+
+import keras
+import pytest
+from conftest import ROOT
+
+import config
+import sampler
+import trainer
+import unet
+
+
+def test_the_names_of_the_choices_are_those_of_the_tables():
+    assert tuple(unet.LOSSES) == config.LOSSES
+    assert tuple(unet.PRECISIONS) == config.PRECISIONS
+    assert tuple(sampler.MEASURES) == config.MEASURES
+    assert all(trainer.learning_rate(schedule, 0.5) <= 1 for schedule in config.SCHEDULES)
+    assert all(hasattr(keras.initializers, name) for name in config.INITIALIZERS)
+
+
+WITHOUT_TENSORFLOW = """
+import runpy, sys
+sys.modules["tensorflow"] = sys.modules["keras"] = None  # importing them fails
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train.py --help",
+        "train.py --filters 0",
+        "train.py --data missing.h5 --dropout 2",
+        "train.py --query unknown",
+        "predict.py --help",
+        "predict.py missing.jpg",
+        "reproduce.py --help",
+        "reproduce.py --out x --arms unknown",
+        "data.py --help",
+        "data.py info missing.h5",
+    ],
+)
+def test_help_and_refused_options_do_not_wait_for_tensorflow(tmp_path, command):
+    script, *options = command.split()
+    run = [sys.executable, "-c", WITHOUT_TENSORFLOW, str(ROOT / script), *options]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == (0 if "--help" in options else 2), done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

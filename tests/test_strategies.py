@@ -1,0 +1,96 @@
+"""strategies.py: what each strategy selects, and that a new one needs nothing but its entry in the table."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import ceal
+from config import Config
+from experiment import ARMS
+from strategies import STRATEGIES, none, paper, power, uniform
+
+
+def asking(count):
+    """What a strategy has to know of a Config."""
+    return SimpleNamespace(asked=count)
+
+
+def test_uniform_queries_are_of_the_whole_pool_and_none_is_named_twice():
+    chosen = [uniform(np.zeros(40), np.random.default_rng(seed), asking(10))["random"] for seed in range(200)]
+    assert all(len(set(positions)) == 10 for positions in chosen)
+    assert np.bincount(np.concatenate(chosen), minlength=40).min() > 20  # 50 by chance
+    assert sorted(uniform(np.zeros(7), np.random.default_rng(0), asking(10))["random"]) == list(range(7))
+
+
+def test_power_queries_are_as_likely_as_their_scores():
+    scores = np.array([0.0, 1, 1, 2, 6, 0])
+    first = [power(scores, np.random.default_rng(seed), asking(1))["random"][0] for seed in range(2000)]
+    np.testing.assert_allclose(np.bincount(first, minlength=6) / 2000, scores / 10, atol=0.03)
+    for seed in range(20):
+        chosen = power(scores, np.random.default_rng(seed), asking(5))["random"]
+        assert {1, 2, 3, 4} < set(chosen)
+        assert len(set(chosen)) == 5
+    assert sorted(power(scores, np.random.default_rng(0), asking(10))["random"]) == list(range(6))
+    assert len(power(np.zeros(4), np.random.default_rng(0), asking(2))["random"]) == 2
+    assert len(power([], np.random.default_rng(0), asking(2))["random"]) == 0
+
+
+def test_the_papers_strategy_asks_for_the_three_groups_of_the_config():
+    scores, config = np.random.default_rng(0).random(200), Config(no_detection=3, most_uncertain=4, random=5)
+    groups = paper(scores, np.random.default_rng(1), config)
+    expected = ceal.select_queries(scores, np.random.default_rng(1), 3, 4, 5)
+    assert {group: positions.tolist() for group, positions in groups.items()} == {
+        group: positions.tolist() for group, positions in expected.items()
+    }
+
+
+def test_without_queries_nothing_is_selected_and_nothing_is_drawn():
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    assert none(np.zeros(9), rng, asking(0))["random"].tolist() == []
+    assert rng.bit_generator.state == before
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("count", [0, 3, 50])
+def test_every_strategy_selects_each_position_once_and_no_more_than_there_are(name, count):
+    config = Config(query=name)
+    groups = STRATEGIES[name].select(np.linspace(0, 1, count), np.random.default_rng(0), config)
+    positions = np.concatenate(list(groups.values()))
+    assert len(set(positions.tolist())) == len(positions) == min(config.asked, count)
+    assert set(groups) <= {"no_detection", "most_uncertain", "random"}
+
+
+def test_every_strategy_is_an_arm_of_the_experiment():
+    assert {changes.get("query", "paper") for changes in ARMS.values()} == set(STRATEGIES)
+
+
+NEW_STRATEGY = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import strategies
+def highest(scores, rng, config):
+    'The highest scores.'
+    return {"most_uncertain": scores.argsort()[::-1][: config.asked]}
+strategies.STRATEGIES["highest"] = strategies.Strategy(highest)
+import experiment, train, utils
+assert experiment.ARMS["highest"] == {"query": "highest"} and "highest" in experiment.STYLES
+utils.run_command(train.main)
+"""
+
+
+def test_a_new_strategy_takes_one_entry_in_the_table(tmp_path):
+    options = "--preset demo --run r --query highest --iterations 1 --initial 8 --pool 20 --test 4 --initial-epochs 1"
+    command = [sys.executable, "-c", NEW_STRATEGY, str(ROOT), *options.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "r" / "iteration_01" / "scores.csv").read_text().splitlines()[1:]
+    by_score = sorted(lines, key=lambda line: -float(line.split(",")[1]))
+    queried = (tmp_path / "r" / "iteration_01" / "queries.csv").read_text().splitlines()[1:]
+    assert {line.split(",")[0] for line in queried} == {line.split(",")[0] for line in by_score[:14]}
+    help = subprocess.run([*command[:4], "--help"], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert "highest: The highest scores." in " ".join(help.split())
