@@ -1,13 +1,16 @@
 .PHONY: demo test test-all faults
 .DELETE_ON_ERROR:
 
+PYTHON3 = python3
+VERSION := $(shell $(PYTHON3) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VERSIONS = 3.10 3.11 3.12 3.13
 PYTHON = .venv/bin/python
 PYTEST = $(PYTHON) -m pytest -n auto --dist loadfile
 
-demo: .venv/installed  ## the whole program on synthetic lesions
+demo: .venv/installed-$(VERSION)  ## the whole program on synthetic lesions
 	$(PYTHON) train.py --preset demo
 
-test: .venv/installed-dev  ## the tests but the slow ones
+test: .venv/installed-dev-$(VERSION)  ## the tests but the slow ones
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(PYTEST) -m "not slow"
@@ -15,14 +18,17 @@ test: .venv/installed-dev  ## the tests but the slow ones
 test-all: test  ## then the slow ones: a process for each case
 	$(PYTEST) -m slow
 
-faults: .venv/installed-dev  ## 100 kills of a run, and 100 of one that asks a person
+faults: .venv/installed-dev-$(VERSION)  ## 100 kills of a run, and 100 of one that asks a person
 	KILLS=100 $(PYTHON) -m pytest tests/test_faults.py tests/test_oracle.py -s -k again_and_again
 
-.venv/installed: requirements.txt
-	python3 -m venv .venv
+# A .venv of another Python version is replaced, because its packages would not be found.
+.venv/installed-$(VERSION): requirements.txt
+	$(if $(filter $(VERSION),$(VERSIONS)),,$(error $(PYTHON3) has version $(or $(VERSION),unknown), and TensorFlow needs \
+	  one of $(VERSIONS): install one of these and name it, for example: make $(MAKECMDGOALS) PYTHON3=python3.12))
+	$(PYTHON3) -m venv $(if $(wildcard .venv/lib/python$(VERSION)),,--clear) .venv
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
+.venv/installed-dev-$(VERSION): requirements-dev.txt .venv/installed-$(VERSION)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@

@@ -1,11 +1,11 @@
-"""How fast this program is on the machine at hand, and how much memory it takes: ratios within one run.
+"""Measure the speed and the memory of this program on this machine, mostly as ratios within one run.
 
-    python bench.py                # the paper's network, 192x240, T = 20: some 10 minutes on 2 cores
+    python bench.py                # the paper's network, 192x240, T = 20: about 10 minutes on 2 cores
     python bench.py --quick        # fewer repetitions: under 2 minutes
     python bench.py --preset quick --data datasets/isic2017_96x128.h5 --weights runs/NAME/iteration_09/model.weights.h5
 
-What is compared runs in turns (A B A B ...), and medians are taken, so that a machine's changing speed does not matter.
-Every line names what it must reach on 2 CPU cores at the paper's sizes, where there is such a number.
+Functions that are compared run in turns (A B A B ...), and the table has medians, so that changes in the machine's
+speed do not matter. The last column is the target on 2 CPU cores at the paper's sizes, if there is one.
 """
 
 import argparse
@@ -36,16 +36,17 @@ from unet import (
     print_devices,
     save_unet,
     share_out,
+    tensorflow_errors,
     tf,
 )
 from utils import UserError, map_in_order, read_csv, run_command, segmentation_metrics, track, whole_file
 
-SMALL = (64, 80, 1)  # the size of images where only their number matters
+SMALL = (64, 80, 1)  # the size of images if only their number matters
 MEGAPIXELS = [(2000, 3000), (2448, 3264), (3000, 4000), (4000, 6000)]  # 6, 8, 12 and 24
 
 
 def in_turns(functions, rounds):
-    """Median seconds of each function of a dict, run in turns after a first turn that does not count."""
+    """Median seconds of each function of a dict. They run in turns, and the first turn does not count."""
     seconds = {name: [] for name in functions}
     for turn in track(range(rounds + 1), ", ".join(functions)):
         for name, function in functions.items():
@@ -57,7 +58,7 @@ def in_turns(functions, rounds):
 
 
 def row(what, value, unit, target=""):
-    """A line of the table, printed at once; also as a dict."""
+    """Print a line of the table. Returns it as a dict."""
     print(f"| {what} | {value:.4g} {unit} | {target} |", flush=True)
     return {"what": what, "value": value, "unit": unit, "target": target}
 
@@ -66,7 +67,7 @@ def row(what, value, unit, target=""):
 
 
 def multiplications(model, passes):
-    """How many the fast sampler makes for all passes of an image."""
+    """The number of multiplications of the fast sampler for all passes of an image."""
     total = 0
     for layer in model.layers:
         if not hasattr(layer, "kernel"):
@@ -76,7 +77,7 @@ def multiplications(model, passes):
         height, width, inputs, outputs = layer.kernel.shape
         if (part, letter) == ("decoder", "a"):
             skip = model.get_layer(f"encoder_{level}_b").filters
-            # A pixel of the large map sees 3x3 pixels of the skip connection, once, and 2x2 of the small map.
+            # A pixel of the large map needs 3x3 pixels of the skip connection once, and 2x2 of the small map per pass.
             total += pixels * outputs * (9 * skip + passes * 4 * (inputs - skip))
         else:
             total += pixels * height * width * inputs * outputs * (passes if part in ("decoder", "probability") else 1)
@@ -84,7 +85,7 @@ def multiplications(model, passes):
 
 
 def bench_sampler(config, batch, rounds):
-    """The published way, the batched whole network and the fast sampler, and the machine's matrix product."""
+    """Time the published way, the whole network on a batch, the fast sampler, and a matrix product."""
     passes, side = config.passes, 4096
     precisions = [name for name in PRECISIONS if name != "float16" or tf.config.list_physical_devices("GPU")]
     models = {name: build_unet(*batch.shape[1:], config.filters, precision=name) for name in precisions}
@@ -127,7 +128,7 @@ def bench_sampler(config, batch, rounds):
 
 
 def bench_scoring(trainer, count, rounds):
-    """Scoring a pool from its file, against its passes alone on images already in memory."""
+    """Time the scoring of a pool from its file, and only its passes on images in memory."""
     pool = ceal.Pool([], [], np.arange(count), [])
     images, passes = trainer.dataset.images(pool.unlabelled), trainer.config.passes
     normalisation = {"mean": trainer.mean, "std": trainer.std}
@@ -144,7 +145,7 @@ def bench_scoring(trainer, count, rounds):
 
 
 def bench_training(trainer, steps, rounds):
-    """Training with augmentation from the file, against the same compiled step on one batch already in memory."""
+    """Time training with augmentation from the file, and only the compiled step on one batch in memory."""
     size, strategy = trainer.config.batch_size, trainer.model.distribute_strategy
     positions = np.arange(size * (steps + 1)) % len(trainer.dataset)
     batches = iter(trainer.batches(positions, list(trainer.dataset.masks(positions)), 0).repeat())
@@ -153,7 +154,7 @@ def bench_training(trainer, steps, rounds):
     def train_on(some):
         for batch in some:
             trainer.step(*share_out(strategy, *batch))
-        trainer.model.get_weights()  # a GPU has ended its work then
+        trainer.model.get_weights()  # waits until a GPU has finished
 
     plain_step = tf.function(lambda *batch: trainer.model.train_step(batch), jit_compile=trainer.model.jit_compile)
     functions = {
@@ -170,13 +171,13 @@ def bench_training(trainer, steps, rounds):
 
 
 def bench_precision(path, dataset, count, passes):
-    """What half precision does to the scores and the Dice of trained weights, against float32."""
+    """Compare scores and Dice of trained weights in half precision with those in float32."""
     positions = np.flatnonzero(dataset.part == "train")[:count]
     images, masks, found = dataset.images(positions), dataset.masks(positions), {}
     for name in PRECISIONS:
         model, settings = load_unet(path, name)
         if model.input_shape[1:] != images.shape[1:]:
-            raise UserError(f"{path} is for images of another size than {dataset.path} holds")
+            raise UserError(f"{path} is for another image size than {dataset.path}: give other --weights or --data")
         normalisation = {key: settings[key] for key in ("mean", "std")}
         mean, variance = mc_dropout(model, images, passes, seed=1, keys=positions, **normalisation)
         scores = [ceal.uncertainty_score(v, m) for v, m in zip(variance, mean)]
@@ -195,7 +196,7 @@ def bench_precision(path, dataset, count, passes):
 
 
 def write_photographs(folder, sizes):
-    """Lesions as JPEG files of these (height, width) with their masks, in the challenge's layout."""
+    """Write lesions of these (height, width) as JPEG files with masks, in the challenge's layout; return the folder."""
     images, masks = folder / "ISIC-2017_Training_Data", folder / "ISIC-2017_Training_Part1_GroundTruth"
     images.mkdir(parents=True)
     masks.mkdir()
@@ -203,7 +204,7 @@ def write_photographs(folder, sizes):
         rng = np.random.default_rng(n)
         small, mask = draw_lesion(rng, height // 4, width // 4)
         large = np.asarray(Image.fromarray(small).resize((width, height)))
-        grain = rng.integers(0, 12, (height, width, 1), np.uint8)  # a JPEG without any would be too easy
+        grain = rng.integers(0, 12, (height, width, 1), np.uint8)  # without noise, decoding would be too fast
         Image.fromarray(np.minimum(large, 243) + grain).save(images / f"ISIC_{n:07d}.jpg", quality=92)
         mask = Image.fromarray(mask * 255).resize((width, height), Image.Resampling.NEAREST)
         mask.save(masks / f"ISIC_{n:07d}_segmentation.png")
@@ -211,13 +212,13 @@ def write_photographs(folder, sizes):
 
 
 def exhaust(items):
-    """Go through all of an iterator."""
+    """Iterate to the end, and discard the items."""
     for _ in items:
         pass
 
 
 def bench_reading(folder, rounds):
-    """`data.py isic` on photographs of 6 to 24 megapixels, against decoding alone: the images at reduced scale."""
+    """Time `data.py isic` on photographs of 6 to 24 megapixels, and only their decoding, images at reduced scale."""
     write_photographs(folder, MEGAPIXELS)
     pairs, size = data.find_pairs(folder) * 6, (192, 240, 1)
     pairs = [pair._replace(id=f"BENCH_{n:07d}") for n, pair in enumerate(pairs)]
@@ -240,7 +241,7 @@ def bench_reading(folder, rounds):
 
 
 def bench_predicting(config, size, folder, count, rounds):
-    """`predict.py` on a folder of photographs of 1.5 megapixels, against its slowest part alone."""
+    """Time `predict.py` on a folder of photographs of 1.5 megapixels, and each of its parts."""
     photographs = sorted(write_photographs(folder, [(1024, 1536)] * count).iterdir())
     model = build_unet(*size, config.filters)
     settings = dict(zip(("height", "width", "channels", "mean", "std"), (*size, 128.0, 50.0)))
@@ -264,7 +265,7 @@ def bench_predicting(config, size, folder, count, rounds):
 # ------------------------------------------------------------------------------------- memory and time against numbers
 
 
-# In a small process between, because Linux counts the memory of the one that starts another as that one's too.
+# A small process starts the script, because Linux counts the memory of the starting process for the started one too.
 PEAK_MEMORY = """
 import os, subprocess, sys
 with open(os.devnull, "w") as nowhere:
@@ -277,7 +278,7 @@ sys.exit(status != 0)
 
 
 def peak_memory(script, *arguments):
-    """Run a script of this project in a process of its own; returns its peak memory in MB."""
+    """Run a script of this project in its own process. Returns its peak memory in MB. Raises UserError if it fails."""
     command = [sys.executable, Path(__file__).with_name(script), *arguments]
     command = [sys.executable, "-c", PEAK_MEMORY, *map(str, command)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -287,7 +288,7 @@ def peak_memory(script, *arguments):
 
 
 def bench_pools(folder, counts):
-    """train.py with a tiny network on pools of different size: peak memory, and the time of scoring an image."""
+    """Measure train.py with a tiny network on pools of different sizes: peak memory, and the time to score an image."""
     drawn = [data.draw_row(n, 1, *SMALL) for n in range(20)]
     options = (
         "--filters 4 --passes 2 --initial 8 --test 8 --initial-epochs 1 --active-epochs 1 --iterations 1 --batch-size 4"
@@ -299,7 +300,7 @@ def bench_pools(folder, counts):
         data.write_dataset(path, rows, count + 16, *SMALL, "bench")
         memory.append(peak_memory("train.py", "--data", path, "--run", run, "--pool", count, *options.split()))
         seconds.append(float(read_csv(run / "history.csv")[-1]["seconds_scoring"]))
-    cost = np.diff(seconds) / np.diff(counts)  # of an image, whatever starting takes
+    cost = np.diff(seconds) / np.diff(counts)  # seconds per image, without the time to start
     return [
         row(
             f"train.py: memory, a pool of {counts[-1]:,} against {counts[0]:,}",
@@ -316,7 +317,7 @@ def bench_pools(folder, counts):
 
 
 def bench_folders(folder, counts):
-    """data.py and predict.py on folders of different size: peak memory."""
+    """Measure the peak memory of data.py and predict.py on folders of different sizes."""
     photograph, weights, memory = write_photographs(folder / "one", [(1024, 1536)]), folder / "x.weights.h5", {}
     (image,), (mask,) = photograph.glob("*.jpg"), (folder / "one").glob("*/*.png")
     save_unet(build_unet(*SMALL, filters=4), weights, [128.0], [50.0])
@@ -345,19 +346,19 @@ def bench_folders(folder, counts):
 
 
 def draw_dataset(path, size, count):
-    """A data file of synthetic lesions."""
+    """Write a data file of synthetic lesions. Returns its path."""
     data.write_dataset(path, (data.draw_row(n, 1, *size) for n in range(count)), count, *size, "synthetic lesions")
     return path
 
 
 def measure(args, config, folder):
-    """All rows of the table, in its order."""
+    """Measure all rows of the table, in order. Returns them as a list of dict."""
     sizes = {"quick": (96, 128, 1), "best": (96, 128, 3), "demo": tuple(DEMO_SIZE.values())}
     size = sizes.get(args.preset, (192, 240, 1))
     rounds, count = (1, 8) if args.quick else (3, 16)
     with data.Dataset(args.data or draw_dataset(folder / "images.h5", size, count)) as dataset:
         if len(dataset) < count:
-            raise UserError(f"{args.data} holds {len(dataset)} images, and at least {count} are needed")
+            raise UserError(f"--data {args.data} has {len(dataset)} images: give a file with at least {count}")
         size, images = (dataset.height, dataset.width, dataset.channels), dataset.images(np.arange(count))
         rows = bench_sampler(config, images[:8], 1 if args.quick else 5)
         trainer = Trainer(config, dataset, [128.0] * size[2], [50.0] * size[2])
@@ -376,27 +377,27 @@ def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="paper", choices=PRESETS, help="network and passes (default paper)")
-    parser.add_argument("--data", metavar="FILE", help="images to use, an HDF5 file of data.py (default: drawn ones)")
+    parser.add_argument("--data", metavar="FILE", help="images to use, an HDF5 file of data.py (default: synthetic)")
     parser.add_argument("--weights", metavar="FILE", help="also measure half precision on these weights and --data")
     parser.add_argument(
-        "--json", metavar="FILE", type=Path, help="write the table, and what it was measured on, there too"
+        "--json", metavar="FILE", type=Path, help="also write the table and a description of the machine to this file"
     )
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller numbers")
     args = parser.parse_args()
     if args.weights and not args.data:
-        raise UserError("--weights needs --data: what it says about half precision holds for real images only")
+        raise UserError("--weights needs --data, because half precision must be measured on real images: give both")
     if args.weights:
         load_unet(args.weights)
-    if args.json:  # now, and not after minutes
+    if args.json:  # fail now rather than after minutes
         data.check_output(args.json, force=True)
         args.json.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.json.parent).close()
     print_devices()
     about = environment(about_tensorflow())
     print(f"{about['processor']}, {about['cores']} cores, {about['date']}\n")
-    print("| what | measured | to reach, preset paper |\n| --- | ---: | ---: |")
+    print("| what | measured | target, preset paper |\n| --- | ---: | ---: |")
     config = Config(**{**PRESETS[args.preset], "batch_size": 8})
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tensorflow_errors():
         rows = measure(args, config, Path(folder))
     if args.json:
         with whole_file(args.json) as partial:

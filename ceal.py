@@ -1,5 +1,5 @@
-"""The decisions of Cost-Effective Active Learning, in the order of the paper's section 2: the score of an image, the
-images to annotate, the images to pseudo-label, and the pool.
+"""The decisions of Cost-Effective Active Learning: the score of an image, the images to annotate, the images to
+pseudo-label, and the pool.
 
 Nothing here knows files, people or networks.
 [P]: the paper (arXiv 1711.09168) says so; [C]: its published code does so.
@@ -30,7 +30,7 @@ def both(lesion):
     return _scaled(distance_transform_edt(lesion) + distance_transform_edt(~lesion))
 
 
-def none(lesion):
+def unweighted(lesion):
     """No weight: 1 everywhere."""
     return np.ones(lesion.shape)
 
@@ -40,7 +40,7 @@ def _scaled(distances):
 
 
 # The choices of --distance: a predicted lesion, bool (H, W), to the weight of each pixel, float64 (H, W) in [0, 1].
-DISTANCE_WEIGHTS = {"inside": inside, "both": both, "none": none}
+DISTANCE_WEIGHTS = {"inside": inside, "both": both, "none": unweighted}
 
 
 def distance_weight(prediction, distance="inside"):
@@ -71,17 +71,18 @@ def select_queries(scores, rng, no_detection=10, most_uncertain=10, random=15, r
 
     - no_detection: the lowest scores. With rule `empty` (ours) only scores of 0, which empty predictions have; each
       image that is missing then is added to `random`.
-    - most_uncertain: images of the last 5 of 80 bins, the emptiest bins first (of equally empty ones the more
-      uncertain) until there are enough; then at random among those.
-    - random: at random among the images between the lower edges of bin (mode + 6) and bin 47; none if the first edge
-      is the higher one.
+    - most_uncertain: at random among the images of the emptiest of the last 5 of 80 bins. As many bins are taken as
+      hold enough images; of two equally empty bins the more uncertain one comes first.
+    - random: at random among the images between the lower edges of bin (mode + 6) and bin 47. If the first edge is the
+      higher one, the range between the edges is empty.
     The groups are filled in this order and never overlap. A group that its rule leaves short is topped up with the
     images not yet selected whose scores are closest to the group's range. Ties are broken at random. If the pool holds
     fewer images than are asked for, all are selected.
+    "no_detection" is the paper's name: after good training most of these lesions are detected.
     scores: float (N,), finite; rng: numpy.random.Generator. Returns a dict of group to positions in `scores`.
     """
     scores, bins, counts, edges = histogram(scores)
-    by_score = np.lexsort((rng.random(len(scores)), scores))
+    by_score = np.lexsort((rng.random(len(scores)), scores))  # ties at random
     lowest = by_score[:no_detection]
     if rule == "empty":
         random += np.count_nonzero(scores[lowest])
@@ -89,8 +90,8 @@ def select_queries(scores, rng, no_detection=10, most_uncertain=10, random=15, r
     groups = {"no_detection": lowest}
 
     last = sorted(range(BINS - UNCERTAIN_BINS, BINS), key=lambda b: (counts[b], -b))
-    enough = np.searchsorted(np.cumsum(counts[last]), most_uncertain) + 1
-    free = np.setdiff1d(np.flatnonzero(np.isin(bins, last[:enough])), groups["no_detection"])
+    bin_count = np.searchsorted(np.cumsum(counts[last]), most_uncertain) + 1
+    free = np.setdiff1d(np.flatnonzero(np.isin(bins, last[:bin_count])), groups["no_detection"])
     uncertain_range = edges[BINS - UNCERTAIN_BINS], edges[BINS]
     groups["most_uncertain"] = draw(free, most_uncertain, uncertain_range, scores, groups["no_detection"], rng)
 
@@ -110,6 +111,7 @@ def random_range(counts, edges):
 def select_pseudo_labels(scores, rng, count, exclude=()):
     """Select the images to pseudo-label: `count` positions in `scores`, at random from the fullest bin [C].
 
+    Most images are certain and right, so the fullest bin holds such images [P]; nothing checks that it does.
     Positions in `exclude` (the queries) are never selected. Topped up, and ties broken, as in `select_queries`.
     """
     scores, bins, counts, edges = histogram(scores)
@@ -156,10 +158,11 @@ def draw(free, count, score_range, scores, taken, rng):
 
 
 class Pool:
-    """Which images are labelled, unlabelled and for test, by their positions in the whole data set.
+    """Which images are labelled, unlabelled or test images, by their positions in the whole data set.
 
     The loop scores `unlabelled` (read-only), moves images out of it with `annotate` and `reject`, and trains on
-    `training_set`. All three raise ValueError for a position that is not in the pool.
+    `training_set`. All three raise ValueError for a position that is not in the pool. `correct` changes an earlier
+    answer.
     """
 
     def __init__(self, labelled, masks, unlabelled, test):
@@ -170,6 +173,7 @@ class Pool:
         self._set_unlabelled(np.sort(unlabelled))
         self.test = np.sort(test)
         self._masks = dict(zip(map(int, labelled), masks, strict=True))
+        self._rejected = set()
 
     def _set_unlabelled(self, positions):
         positions.setflags(write=False)
@@ -194,7 +198,20 @@ class Pool:
     def reject(self, positions):
         """Remove these positions from the pool without a mask."""
         self._require_unlabelled(positions)
+        self._rejected.update(map(int, positions))
         self._set_unlabelled(np.setdiff1d(self.unlabelled, positions))
+
+    def correct(self, positions, masks, rejected=()):
+        """Take other answers for labelled or rejected images: masks for `positions`, and the images now `rejected`. A
+        labelled image keeps its place in `training_set`. Raises ValueError for an image without an earlier answer."""
+        foreign = {*map(int, positions), *map(int, rejected)} - self._masks.keys() - self._rejected
+        if foreign:
+            raise ValueError(f"neither labelled nor rejected: {sorted(foreign)}")
+        self._masks.update(zip(map(int, positions), masks, strict=True))
+        self._rejected.difference_update(map(int, positions))
+        for position in map(int, rejected):
+            self._masks.pop(position, None)
+            self._rejected.add(position)
 
     def training_set(self, pseudo_positions=(), pseudo_labels=()):
         """Positions (n,) and labels, a list of n (H, W) in [0, 1]: every annotation, uint8, then these pseudo-labels.

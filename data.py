@@ -1,4 +1,5 @@
-"""Folders of images, or synthetic lesions, to one HDF5 file; reading that file; the split.
+"""Converts folders of images, or synthetic lesions, to one HDF5 file; reads that file; splits the data set.
+Image files are decoded in pictures.py. Nothing here needs TensorFlow.
 
 python data.py isic isic2017 datasets/isic2017.h5               # 192x240, one grey channel, as in the paper
 python data.py folder photos datasets/photos.h5 --masks masks   # your own images, with masks for some, all or none
@@ -9,9 +10,7 @@ python data.py show datasets/isic2017.h5 sheet.png
 
 import argparse
 import os
-import re
 import shutil
-from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -21,15 +20,31 @@ import numpy as np
 from PIL import Image
 
 from figures import new_figure
-from pictures import NOT_AN_IMAGE, SUFFIXES, read_image, read_mask
+from pictures import (
+    PARTS,
+    find_folder,
+    find_pairs,
+    inverted_warning,
+    left_out_line,
+    open_picture,
+    orientation,
+    read_image,
+    read_mask,
+    read_mask_and_cover,
+    size_tells,
+    turned_warning,
+)
 from synthetic import draw_lesion
 from utils import (
     LARGEST_SIDE,
     UserError,
-    composed,
     derived_seed,
     in_one_line,
     map_in_order,
+    open_hdf5,
+    print_error,
+    print_warning,
+    printable,
     reserve,
     run_command,
     track,
@@ -37,10 +52,9 @@ from utils import (
 )
 
 LAYOUT_VERSION = 2
-PARTS = {"train": "Training", "validation": "Validation", "test": "Test_v2"}  # ours: the challenge's
 SPLIT_SEED = 2017
-SHEET = 1000  # images on a contact sheet, which is 30 pixels high for each
-# Two pictures of one lesion each: on one side of any split.
+SHEET = 1000  # the most images on a contact sheet; each adds 30 pixels to its height
+# Pairs of images that show the same lesion. A split never separates them.
 NEAR_DUPLICATES = [
     ("ISIC_0012290", "ISIC_0013594"),
     ("ISIC_0012672", "ISIC_0012673"),
@@ -48,117 +62,70 @@ NEAR_DUPLICATES = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------ the folders of images
-
-
-class Pair(NamedTuple):
-    id: str
-    part: str
-    image: str  # the paths: 100,000 Path objects would take more memory than all else
-    mask: str  # "": none
-
-
-def find_pairs(source):
-    """The image and the mask of every id in the ISIC 2017 folders below `source`: a list of Pair, by part and id.
-
-    Folders may lie one level deeper, as the zips unpack. Raises UserError for what is missing or there twice.
-    """
-    source = Path(source)
-    if not source.is_dir():
-        raise UserError(f"{source}: there is no such folder; give the one that holds ISIC-2017_Training_Data")
-    pairs = []
-    for part, name in PARTS.items():
-        images = _files_by_id(source, f"ISIC-2017_{name}_Data", r"(ISIC_\d+)\.jpe?g")
-        masks = _files_by_id(source, f"ISIC-2017_{name}_Part1_GroundTruth", r"(ISIC_\d+)_segmentation\.png")
-        if part == "train" and not images:
-            raise UserError(f"{source}: no ISIC_*.jpg in a folder ISIC-2017_Training_Data here or one level deeper")
-        for these, others, kind in ((images, masks, "mask"), (masks, images, "image")):
-            alone = sorted(these.keys() - others.keys())
-            if alone:
-                raise UserError(
-                    f"{these[alone[0]]} has no {kind} ({len(alone)} such files): unpack the {name} images and their "
-                    "Part1_GroundTruth, both whole, or remove the file"
-                )
-        pairs += [Pair(id, part, images[id], masks[id]) for id in sorted(images)]
-    (id, count), *_ = Counter(pair.id for pair in pairs).most_common(1)
-    if count > 1:
-        raise UserError(f"{id} is in two parts of the challenge's data: remove it from one")
-    return pairs
-
-
-def _files_by_id(source, folder, pattern):
-    files = []
-    for found in sorted([*source.glob(folder), *source.glob(f"*/{folder}")]):
-        for name in sorted(os.listdir(found)) if found.is_dir() else []:
-            if match := re.fullmatch(pattern, name, re.IGNORECASE):
-                files.append((match[1].upper(), os.path.join(found, name)))
-    return _one_of_each(files)
-
-
-def _one_of_each(files):
-    """A dict of the (id, path) in `files`. Raises UserError if an id is there twice."""
-    found = {}
-    for id, path in files:
-        if id in found:
-            raise UserError(f"{found[id]} and {path} are both for {id}: remove one of them")
-        found[id] = path
-    return found
-
-
-def find_folder(images, masks=None):
-    """The images in any folder, and the masks in the folder `masks` of some, all or none: a list of Pair, by id.
-
-    An id is the image's name without its suffix; the mask is ID.png or ID_segmentation.png, the latter alone if the
-    two folders are one. Raises UserError for a mask without an image, and for two files of one id.
-    """
-    pictures = _one_of_each(
-        (stem, path)
-        for stem, suffix, path in _list_files(images)
-        if suffix in SUFFIXES and not stem.lower().endswith(NOT_AN_IMAGE)
-    )
-    if not pictures:
-        raise UserError(f"{images}: no image in this folder ({' '.join(sorted(SUFFIXES))})")
-    of_images = masks and os.path.isdir(masks) and os.path.samefile(images, masks)
-    drawn = _one_of_each(
-        (re.sub("_segmentation$", "", stem, flags=re.IGNORECASE), path)
-        for stem, suffix, path in (_list_files(masks) if masks else [])
-        if suffix == ".png" and (stem.lower().endswith("_segmentation") or not of_images)
-    )
-    if alone := sorted(drawn.keys() - pictures.keys()):
-        raise UserError(f"{drawn[alone[0]]} has no image ({len(alone)} such files): add the image or remove the mask")
-    return [Pair(id, "train", pictures[id], drawn.get(id, "")) for id in sorted(pictures)]
-
-
-def _list_files(folder):
-    """(name without suffix, suffix in lower case, path) of what is in the folder and not hidden, by name."""
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: {'no folder' if os.path.exists(folder) else 'there is no such folder'}")
-    for name in sorted(os.listdir(folder)):
-        stem, suffix = os.path.splitext(name)
-        if name.startswith("."):
-            continue
-        if re.search("[\0-\x1f\ud800-\udfff]", name):
-            raise UserError(f"{folder}: the name {name!a} is not UTF-8 or has a control character; rename the file")
-        yield composed(stem), suffix.lower(), os.path.join(folder, name)
+# ---------------------------------------------------------------------------------------------------- reading the pairs
 
 
 def read_pair(pair, height, width, channels):
-    """Image and mask, if there is one, of a Pair as a row for `write_dataset`; UserError if their aspects differ by
-    over 2 %."""
-    image, (rows, columns) = read_image(pair.image, height, width, channels)
+    """Read the image and, if there is one, the mask of a Pair. Returns a Row. Raises UserError if a file is unreadable
+    or the aspect ratios differ by more than 2 %."""
+    image, size = read_image(pair.image, height, width, channels)
     if not pair.mask:
-        return Row(pair.id, pair.part, (rows, columns), image, None, pair.image)
-    mask, (mask_rows, mask_columns) = read_mask(pair.mask, height, width)
-    if abs(mask_columns * rows / (mask_rows * columns) - 1) > 0.02:
-        raise UserError(
-            f"{pair.mask} is {mask_rows}x{mask_columns} and its image {rows}x{columns} rows x columns: "
-            "not the same picture; get or draw the mask again"
-        )
-    return Row(pair.id, pair.part, (rows, columns), image, mask, pair.image)
+        return Row(pair.id, pair.part, size, image, None, pair.image)
+    mask, mask_size, cover = read_mask_and_cover(pair.mask, height, width)
+    with open_picture(pair.image) as picture:
+        turn = orientation(picture)
+    sideways = turn is not None and turn > 4
+    if not _same_aspect(mask_size, size) or (sideways and mask_size == size[::-1] != size):
+        sizes = "{}x{} and its image {}x{} rows x columns".format(*mask_size, *size)
+        raise UserError(f"{pair.mask} is {sizes}, with another aspect ratio; get or draw the mask again")
+    unclear = not size_tells(turn, size) or (sideways and mask_size != size and _same_aspect(size, size[::-1]))
+    return Row(pair.id, pair.part, size, image, mask, pair.image, cover, unclear)
+
+
+def _same_aspect(one, other):
+    return abs(one[1] * other[0] / (one[0] * other[1]) - 1) <= 0.02
+
+
+def read_pairs(pairs, height, width, channels):
+    """Yield the Row of each Pair. At the end, print what is doubtful about the masks.
+
+    If files cannot be used, all pairs are read, the first 100 errors are printed, and UserError is raised."""
+    errors, covers, unclear = [], [], []
+
+    def read(pair):
+        try:
+            return read_pair(pair, height, width, channels), []
+        except UserError as error:
+            return None, [error, *_other_error(pair, error, height, width)]
+
+    for row, found in map_in_order(read, pairs):
+        errors += found
+        if not errors:
+            yield row
+            covers += [row.cover] * (row.mask is not None)
+            unclear += [row.id] * row.unclear
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        for error in errors[:100]:
+            print_error(error)
+        raise UserError(f"{len(errors)} files cannot be used, and nothing is written; correct or remove them")
+    for warning in filter(None, (inverted_warning(covers), turned_warning(unclear))):
+        print_warning(warning)
+
+
+def _other_error(pair, error, height, width):
+    """The error of a Pair's mask, if there is one and it is not `error` itself: a list of UserError."""
+    try:
+        if pair.mask:
+            read_mask(pair.mask, height, width)
+    except UserError as other:
+        return [other] if str(other) != str(error) else []
+    return []
 
 
 def draw_row(index, seed, height, width, channels):
-    """Lesion number `index` of those that `seed` gives, whatever their number."""
+    """Draw synthetic lesion number `index` of `seed`; it does not depend on how many are drawn. Returns a Row."""
     image, mask = draw_lesion(np.random.default_rng([seed, index]), height, width)
     if channels == 1:
         image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
@@ -173,17 +140,19 @@ class Row(NamedTuple):
     part: str
     original_size: tuple  # (height, width)
     image: np.ndarray  # uint8 (H, W, C)
-    mask: np.ndarray  # uint8 0/1 (H, W); None: there is none
+    mask: np.ndarray  # uint8 0/1 (H, W); None if there is none
     file: str = ""  # the image's path
+    cover: tuple = ()  # the mask's, from pictures.mask_cover
+    unclear: bool = False  # whether its size does not tell which way the mask was drawn
 
 
 def write_dataset(out, rows, count, height, width, channels, source, force=False, folder=""):
-    """Write `count` rows to the HDF5 file `out`, whole or not at all.
+    """Write `count` rows to the HDF5 file `out`. The file appears complete or not at all.
 
-    `images` uint8 (N, H, W, C) and `masks` uint8 0/1 (N, H, W), a chunk per image, 0 where there is no mask;
-    `has_mask` bool (N,); `ids`, `part`, `original_sizes` (height, width), `files`, the images' paths below the folder;
-    attributes source, folder, height, width, channels, layout_version.
-    Raises UserError if `out` exists (unless `force`), the size does not suit the network, or the disk is too small.
+    It contains `images`, uint8 (N, H, W, C), and `masks`, uint8 0/1 (N, H, W), 0 without a mask, one chunk per image;
+    `has_mask`, bool (N,); `ids`; `part`; `original_sizes`, (height, width); `files`, image paths relative to `folder`;
+    the attributes source, folder, height, width, channels, layout_version.
+    Raises UserError if `out` exists (unless `force`), the size does not suit the network, or the disk lacks space.
     """
     out = Path(out)
     check_output(out, force)
@@ -193,13 +162,15 @@ def write_dataset(out, rows, count, height, width, channels, source, force=False
             f"{LARGEST_SIDE}"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    needed = count * (height * width * (channels + 1) + 1000) + 100_000  # 1 kB for ids, sizes and indices
+    needed = count * (height * width * (channels + 1) + 1000) + 100_000  # 1 kB per image for id, sizes and index
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise UserError(f"{out.parent} has {free / 1e6:.1f} MB free and {out.name} needs {needed / 1e6:.1f} MB")
     with whole_file(out) as partial:
         reserve(partial, needed)
-        with h5py.File(partial, "w", libver="v110") as file:  # its index of many chunks is small
+        with h5py.File(
+            partial, "w", libver="v110", locking=False
+        ) as file:  # v110 has a small index, even of many chunks
             shape = (count, height, width, channels)
             images = file.create_dataset("images", shape, "uint8", chunks=(1, *shape[1:]))
             masks = file.create_dataset("masks", shape[:3], "uint8", chunks=(1, *shape[1:3]))
@@ -220,11 +191,11 @@ def write_dataset(out, rows, count, height, width, channels, source, force=False
             file.attrs.update(height=height, width=width, channels=channels, layout_version=LAYOUT_VERSION)
         with Dataset(partial) as written:
             if len(set(written.ids)) < count or written.masks([count - 1]).any() != written.has_mask[-1]:
-                raise UserError(f"{out}: what was written does not read back; check the disk and try again")
+                raise UserError(f"{out}: the written file reads back differently; check the disk and try again")
 
 
 def check_output(path, force):
-    """Raise UserError if the output file `path` exists, unless `force`; a folder is never replaced."""
+    """Raise UserError if `path` is a folder, or if it exists and `force` is false."""
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder; give the name of a file")
     if Path(path).exists() and not force:
@@ -234,19 +205,19 @@ def check_output(path, force):
 class Dataset:
     """An HDF5 file of `write_dataset`, open for reading. Images are addressed by their position in the whole file.
 
-    path, source, folder, height, width, channels; ids, part, files: str arrays (N,); has_mask: bool (N,);
-    original_sizes: int (N, 2).
+    Attributes: path, source, folder, height, width, channels; ids, part, files: str arrays (N,); has_mask: bool (N,);
+    original_sizes: int (N, 2). Raises UserError if the file is missing or damaged, also on a later read.
     """
 
     def __init__(self, path):
         self.path = Path(path)
-        if not self.path.is_file():  # a pipe would be waited for
+        if not self.path.is_file():  # opening a pipe would block
             raise UserError(f"{path}: there is no such file")
         try:
-            self._file = h5py.File(path)
+            self._file = open_hdf5(path)
             version = self._file.attrs["layout_version"]
             if version != LAYOUT_VERSION:
-                raise UserError(f"{path}: layout version {version}, this program reads {LAYOUT_VERSION}; make it again")
+                raise UserError(f"{path} has layout version {version}, not {LAYOUT_VERSION}; make it again")
             self.source, self.folder = self._file.attrs["source"], self._file.attrs["folder"]
             _, self.height, self.width, self.channels = self._file["images"].shape
             self.ids, self.part, self.files = (self._file[name].asstr()[:] for name in ("ids", "part", "files"))
@@ -257,7 +228,7 @@ class Dataset:
             raise self._damaged(error)
 
     def _check(self):
-        """Raise UserError if the file's parts do not fit together."""
+        """Raise UserError if the arrays in the file do not fit together."""
         count, size = len(self.ids), (self.height, self.width)
         images, masks = self._file["images"], self._file["masks"]
         if not count or images.shape != (count, *size, self.channels) or masks.shape != (count, *size):
@@ -265,7 +236,7 @@ class Dataset:
         if {images.dtype, masks.dtype} != {np.dtype("uint8")} or self.channels not in (1, 3):
             raise self._damaged(f"images {images.dtype}, masks {masks.dtype}, {self.channels} channels")
         if {len(part) for part in (self.part, self.files, self.original_sizes, self.has_mask)} != {count}:
-            raise self._damaged(f"{count} ids, but not as many parts, files, sizes and marks of a mask")
+            raise self._damaged(f"{count} ids, but part, files, original_sizes or has_mask has another length")
 
     def __enter__(self):
         return self
@@ -285,7 +256,7 @@ class Dataset:
         return self._read("masks", positions)
 
     def fingerprint(self):
-        """A hash of what the file holds, a str: the same whenever and wherever it is made of the same images."""
+        """A hash of images, masks, ids, parts and sizes, a str. It does not depend on when the file was written."""
         digest = blake2b(digest_size=16)
         for values in self.ids, self.part, self.has_mask, self.original_sizes:
             digest.update(repr(values.tolist()).encode())
@@ -299,7 +270,7 @@ class Dataset:
         stored = self._file[name]
         pixels = np.empty((len(positions), *stored.shape[1:]), stored.dtype)
         try:
-            for n, position in enumerate(positions):  # h5py's own lists of positions must be sorted, and are slower
+            for n, position in enumerate(positions):  # indexing h5py with a list needs sorted positions and is slower
                 stored.read_direct(pixels, np.s_[position], np.s_[n])
         except OSError as error:
             raise self._damaged(error)
@@ -307,7 +278,7 @@ class Dataset:
 
     def _damaged(self, error):
         reason = in_one_line(error)
-        return UserError(f"{self.path}: not a data file of data.py, or a damaged one ({reason}); make it again")
+        return UserError(f"{self.path}: not written by data.py, or damaged ({reason}); make it again")
 
 
 # ------------------------------------------------------------------------------------------------------------ the split
@@ -315,33 +286,33 @@ class Dataset:
 
 class Split(NamedTuple):
     initial: np.ndarray  # positions labelled from the start
-    pool: np.ndarray  # positions that the oracle can be asked for
-    test: np.ndarray  # positions never seen in training
+    pool: np.ndarray  # positions that can be queried
+    test: np.ndarray  # positions never used in training
 
 
 def split(dataset, initial=600, pool=1000, test=400, seed=SPLIT_SEED):
-    """The paper's split of the dataset's training part, drawn by `seed`: a Split of sorted positions.
+    """The paper's split of the data set's training part, drawn with `seed`: a Split of sorted positions.
 
-    The test images depend on the seed and their number alone, so that results with more or fewer labels compare. Where
-    some images have no mask, those for test and then the labelled ones are drawn from those that have one: the test
-    images all have, the labelled ones as far as there are enough. Near-duplicates are on one side.
-    Raises UserError if there are fewer images, or fewer with a mask, than asked for.
+    The test images depend only on the seed and their number, so that results with more or fewer labels can be compared.
+    Test images, then labelled images, are drawn from the images that have a mask. If these run out, the other labelled
+    images have none. Near-duplicates are never separated.
+    Raises UserError if there are too few images or masks, or if near-duplicates cannot be kept together.
     """
     candidates = np.flatnonzero(dataset.part == "train")
     unused = len(candidates) - initial - pool - test
     if unused < 0:
         raise UserError(
-            f"{dataset.path} has {len(candidates)} training images, too few for {initial} labelled + {pool} in the "
-            f"pool + {test} for test; lower --initial, --pool or --test"
+            f"{dataset.path} has {len(candidates)} training images, too few for {initial} labelled + {pool} pool "
+            f"+ {test} test images; lower --initial, --pool or --test"
         )
     order = np.random.default_rng(seed).permutation(candidates)
-    drawn = order[dataset.has_mask[order]]
-    if len(drawn) < test:
+    with_mask = order[dataset.has_mask[order]]
+    if len(with_mask) < test:
         raise UserError(
-            f"{dataset.path} has {len(drawn)} training images with a mask, too few for {test} for test; lower --test "
-            "(0: no test), or give data.py the masks of more"
+            f"{dataset.path} has {len(with_mask)} training images with a mask, too few for {test} test images; lower "
+            "--test (0: no test), or give data.py more masks"
         )
-    tested = drawn[len(drawn) - test :]
+    tested = with_mask[len(with_mask) - test :]
     others = order[~np.isin(order, tested)]
     labelled = others[np.argsort(~dataset.has_mask[others], kind="stable")][:initial]
     order = np.concatenate([labelled, others[~np.isin(others, labelled)], tested])
@@ -352,8 +323,9 @@ def split(dataset, initial=600, pool=1000, test=400, seed=SPLIT_SEED):
 
 
 def _join_near_duplicates(dataset, order, side, in_test):
-    """Exchange positions within `order`, in place, until both of each pair have the same `side`. in_test: bool (N,),
-    the places of the test images, which keep to those with a mask."""
+    """Exchange positions within `order`, in place, until both images of each pair have the same `side`.
+
+    in_test: bool (N,), the places of the test images, which must have a mask."""
     place = {id: k for k, id in enumerate(dataset.ids[order]) if any(id in pair for pair in NEAR_DUPLICATES)}
     for pair in NEAR_DUPLICATES:
         if not place.keys() >= set(pair) or side[place[pair[0]]] == side[place[pair[1]]]:
@@ -366,41 +338,46 @@ def _join_near_duplicates(dataset, order, side, in_test):
                 break
         else:
             raise UserError(
-                f"near-duplicates {pair[0]} and {pair[1]} do not fit on one side: enlarge the split, or lower --test"
+                f"near-duplicates {pair[0]} and {pair[1]} do not fit into one part of the split; change --initial or "
+                "--pool, or lower --test"
             )
 
 
 def _move(dataset, order, side, in_test, place, target):
-    """Exchange what is at this place of `order` with something on the side `target`; returns whether that can be.
+    """Exchange the image at `place` of `order` with one on the side `target`. Returns whether that was possible.
 
-    What is exchanged is no other near-duplicate, and not without a mask if it comes to test; if possible, it has a mask
-    if the first has one."""
+    The other image is never a near-duplicate, and no image without a mask moves to a test place. If possible, both
+    images have a mask or both have none."""
     has_mask = dataset.has_mask[order]
     free = (side == target) & ~np.isin(dataset.ids[order], [id for pair in NEAR_DUPLICATES for id in pair])
     free &= (has_mask | ~in_test[place]) & (has_mask[place] | ~in_test)
     free = np.flatnonzero(free)
     if not len(free):
         return False
-    partner = free[np.argmax(has_mask[free] == has_mask[place])]  # the first, if there is none
+    partner = free[np.argmax(has_mask[free] == has_mask[place])]  # the first one if none agrees
     order[[place, partner]] = order[[partner, place]]
     return True
 
 
 def hold_out(parts, dataset, validation, seed):
-    """The data.Split with so many of the labelled images, drawn by the seed, in place of the test images; none that has
-    a near-duplicate, which may be trained on."""
+    """The Split with `validation` of the labelled images, drawn with `seed`, as test images; unchanged if 0.
+
+    Images with a near-duplicate are not drawn, because training may use the other one. Raises UserError if there are
+    too few."""
     if not validation:
         return parts
     alone = ~np.isin(dataset.ids, np.ravel(NEAR_DUPLICATES))
     with_mask = parts.initial[(dataset.has_mask & alone)[parts.initial]]
     if len(with_mask) < validation:
-        raise UserError(f"--validation {validation}: only {len(with_mask)} of the --initial images have masks")
+        raise UserError(
+            f"--validation {validation}: only {len(with_mask)} initial images have a mask and no duplicate; lower it"
+        )
     held_out = np.random.default_rng(derived_seed(seed, "validation")).permutation(with_mask)[:validation]
     return parts._replace(initial=np.setdiff1d(parts.initial, held_out), test=np.sort(held_out))
 
 
 def normalisation(dataset, positions):
-    """Mean and standard deviation of each channel over all pixels of these images: two lists of float."""
+    """Mean and standard deviation (at least 1) of each channel over all pixels of these images: two lists of float."""
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, len(positions), 100):
         pixels = dataset.images(positions[start : start + 100]).reshape(-1, dataset.channels).astype(np.float64)
@@ -412,7 +389,7 @@ def normalisation(dataset, positions):
 
 
 def normalise(images, mean, std):
-    """uint8 (..., C) to the network's input, float32 (..., C), with the mean and std that `normalisation` gave."""
+    """Convert uint8 (..., C) to the network's input, float32 (..., C). mean, std: as `normalisation` returns them."""
     return (images - np.float32(mean)) / np.float32(std)
 
 
@@ -420,32 +397,34 @@ def normalise(images, mean, std):
 
 
 def make_isic(args):
-    """`data.py isic`: the challenge's folders to one file."""
+    """`data.py isic`: convert the challenge's folders to one file."""
     check_output(args.out, args.force)
     size = args.height, args.width, args.channels
     pairs = find_pairs(args.source)
-    rows = map_in_order(lambda pair: read_pair(pair, *size), pairs)
-    write_dataset(args.out, rows, len(pairs), *size, "ISIC 2017", args.force, args.source)
+    write_dataset(args.out, read_pairs(pairs, *size), len(pairs), *size, "ISIC 2017", args.force, args.source)
     print(f"{args.out}: {len(pairs)} images; next: python train.py --data {args.out}")
 
 
 def make_folder(args):
-    """`data.py folder`: the images in any folder, and the masks that there are, to one file."""
+    """`data.py folder`: convert the images in any folder, and their masks if any, to one file."""
     check_output(args.out, args.force)
     size = args.height, args.width, args.channels
-    pairs = find_folder(args.images, args.masks)
-    rows = map_in_order(lambda pair: read_pair(pair, *size), pairs)
-    write_dataset(args.out, rows, len(pairs), *size, f"folder {args.images}", args.force, args.images)
+    pairs, left_out = find_folder(args.images, args.masks, args.recursive)
+    write_dataset(
+        args.out, read_pairs(pairs, *size), len(pairs), *size, f"folder {args.images}", args.force, args.images
+    )
     masks = sum(bool(pair.mask) for pair in pairs)
     ask = "" if masks == len(pairs) else " --oracle folder"
     print(f"{args.out}: {len(pairs)} images, {masks} with a mask; next: python train.py --data {args.out}{ask}")
+    if left_out:
+        print(printable(left_out_line(left_out)))
 
 
 def make_synthetic(args):
-    """`data.py synthetic`: drawn lesions to one file."""
+    """`data.py synthetic`: draw lesions into one file."""
     if not 1 <= args.images < 2**31 or args.seed < 0:
         raise UserError(
-            f"--images {args.images} --seed {args.seed}: draw at least 1 image, below 2**31, seed 0 or above"
+            f"--images {args.images} --seed {args.seed}: give 1 to 2**31 - 1 images, and a seed of 0 or above"
         )
     size = args.height, args.width, args.channels
     rows = map_in_order(lambda index: draw_row(index, args.seed, *size), range(args.images))
@@ -454,7 +433,7 @@ def make_synthetic(args):
 
 
 def print_info(args):
-    """`data.py info`: what is in a file."""
+    """`data.py info`: print what a data file contains."""
     with Dataset(args.file) as dataset:
         area = [dataset.masks([n]).mean() for n in track(np.flatnonzero(dataset.has_mask), "reading masks")]
         sizes = dataset.original_sizes
@@ -470,7 +449,7 @@ def print_info(args):
 
 
 def draw_sheet(args):
-    """`data.py show`: a contact sheet of images spread evenly over the file, the mask's outline on each."""
+    """`data.py show`: draw a contact sheet of images spread evenly over the file, each with its mask's outline."""
     check_output(args.out, args.force)
     if not 1 <= args.images <= SHEET or Path(args.out).suffix.lower() != ".png":
         raise UserError(f"--images {args.images}, {args.out}: draw 1 to {SHEET} images, to a file that ends in .png")
@@ -503,19 +482,20 @@ def main():
             sub.add_argument(argument)
         return sub
 
-    isic = command("isic", make_isic, "read the ISIC 2017 challenge's folders", "source", "out")
-    folder = command("folder", make_folder, "read any folder of images", "images", "out")
-    folder.add_argument("--masks", metavar="DIR", help="ID.png or ID_segmentation.png of some images, all, or none")
-    synthetic = command("synthetic", make_synthetic, "draw dermoscopy-like lesions", "out")
-    synthetic.add_argument("--images", type=int, default=280, help="how many (default %(default)s)")
-    synthetic.add_argument("--seed", type=int, default=1, help="which (default %(default)s)")
+    isic = command("isic", make_isic, "convert the folders of the ISIC 2017 challenge", "source", "out")
+    folder = command("folder", make_folder, "convert any folder of images", "images", "out")
+    folder.add_argument("--masks", metavar="DIR", help="masks, ID.png or ID_segmentation.png, of some images or all")
+    folder.add_argument("--recursive", action="store_true", help="read subfolders too; the id of sub/x.jpg is sub__x")
+    synthetic = command("synthetic", make_synthetic, "draw synthetic lesions", "out")
+    synthetic.add_argument("--images", type=int, default=280, help="number of images (default %(default)s)")
+    synthetic.add_argument("--seed", type=int, default=1, help="random seed (default %(default)s)")
     for sub in (isic, folder, synthetic):
         sub.add_argument("--height", type=int, default=192, help="rows, a multiple of 16 (default %(default)s)")
         sub.add_argument("--width", type=int, default=240, help="columns, a multiple of 16 (default %(default)s)")
         sub.add_argument("--channels", type=int, default=1, choices=(1, 3), help="1 grey, 3 RGB (default 1)")
-    command("info", print_info, "print what is in a data file", "file")
+    command("info", print_info, "print what a data file contains", "file")
     show = command("show", draw_sheet, "draw a contact sheet of a data file", "file", "out")
-    show.add_argument("--images", type=int, default=24, help="how many (default %(default)s)")
+    show.add_argument("--images", type=int, default=24, help="number of images (default %(default)s)")
     for sub in (isic, folder, synthetic, show):
         sub.add_argument("--force", action="store_true", help="replace the output if it exists")
     args = parser.parse_args()

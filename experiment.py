@@ -1,6 +1,6 @@
 """The experiment: its arms and regimes, the records of finished runs, and their statistics.
 
-Nothing here runs anything: that is reproduce.py.
+Nothing here starts a run or draws a figure.
 """
 
 import contextlib
@@ -20,24 +20,24 @@ from strategies import STRATEGIES
 from utils import UserError, in_one_line, read_csv, whole_file, whole_folder, write_csv
 
 NO_PSEUDO = {"pseudo_first": 0, "pseudo_step": 0}
-# The settings that an arm changes in the preset.
+# The settings that each arm changes.
 ARMS = {
     "ceal": {},
     "no_pseudo": NO_PSEUDO,
     "no_distance": {"distance": "none"},
     "empty_only": {"no_detection_rule": "empty"},
     "power": {"query": "power"},
-    "uncertain_only": {"no_detection": 0, "random": 0},  # most_uncertain: all of them
+    "uncertain_only": {"no_detection": 0, "random": 0},  # `configure` sets most_uncertain to all queries
     "entropy": {"uncertainty": "entropy"},
     "bald": {"uncertainty": "bald"},
     "random": {"query": "uniform", **NO_PSEUDO},
     "random_pseudo": {"query": "uniform"},
     "no_queries": {"query": "none", **NO_PSEUDO},
     "full_in_stages": {"query": "none", **NO_PSEUDO},
-    # The rate of the iterations is set to 0, so that records do not differ in a setting that this arm does not use.
+    # The rate is 0 so that records do not differ in a setting that this arm does not use.
     "full": {"iterations": 0, "active_learning_rate": 0.0},
 }
-# Every other strategy is an arm of its own name.
+# Every strategy that no arm uses yet is an arm of its own name.
 ARMS |= {
     name: {"query": name}
     for name in STRATEGIES
@@ -78,22 +78,22 @@ class Run(NamedTuple):
 
     @classmethod
     def named(cls, name):
-        """The run of this `name`; one of FULL in the first regime."""
+        """The run with this `name`; a run of FULL gets the first regime. Raises UserError for any other name."""
         try:
             *regime, arm, seed = name.split("-")
             run = cls(*regime or REGIMES[:1], arm, int(seed))
         except (TypeError, ValueError):
             run = None
         if run is None or run.arm not in ARMS or run.regime not in REGIMES:
-            raise UserError(f"{name}: no record of reproduce.py has such a name; move it out of records/")
+            raise UserError(f"{name}: not the name of a record of reproduce.py; move it out of records/")
         return run
 
 
 def configure(run, base):
-    """The run's train.Config, changed from that of all runs.
+    """The Config of a run. base: the Config that all runs have in common.
 
-    All arms have the same test images, the same weights at first, the same optimizer steps; all but FULL and
-    `no_queries` the same number of annotations. The scarce regime begins with a sixth of the labels.
+    All arms have the same test images, initial weights and number of optimizer steps. All arms except FULL and
+    `no_queries` have the same number of annotations. The scarce regime starts with a sixth of the labels.
     """
     labelled, half_way = base.initial + base.pool, base.initial + base.iterations * base.asked // 2
     initial_steps, active_steps = base.training_steps(base.initial, 0), base.training_steps(half_way, 1)
@@ -110,7 +110,7 @@ def configure(run, base):
 
 
 def common_iterations(run, other, base):
-    """How many iterations two runs have in common, being the same up to there, bit for bit on a CPU."""
+    """How many of the first iterations are the same in two runs, bit for bit on a CPU."""
     if {*FULL} & {run.arm, other.arm} or run[::2] != other[::2] or run == other:
         return 0
     mine, theirs = (dataclasses.replace(configure(r, base), **NO_PSEUDO) for r in (run, other))
@@ -118,10 +118,10 @@ def common_iterations(run, other, base):
 
 
 def different_setting(run, folder, base):
-    """The first setting in which the config.json in this folder is not that of the run, in words; None if none is."""
+    """A text that names the first setting in which the folder's config.json differs from the run, or None."""
     stored, wanted = json.loads((folder / "config.json").read_text()), dataclasses.asdict(configure(run, base))
     for name in wanted:
-        of_folder = stored.get(name, getattr(type(base), name))  # a setting that is newer than the folder
+        of_folder = stored.get(name, getattr(type(base), name))  # the folder may be older than the setting
         if of_folder != wanted[name] and name not in PLACE:
             return f"--{name.replace('_', '-')} {of_folder}, not {wanted[name]}"
     return None
@@ -131,7 +131,7 @@ def different_setting(run, folder, base):
 
 
 def keep_record(run, folder, out):
-    """Copy what a finished run has found, without weights and images, into OUT/records/."""
+    """Copy the results of a finished run, without weights and images, to OUT/records/. Raises UserError if damaged."""
     with whole_folder(out / "records" / run.name) as record:
         for name in "config.json", "environment.json", "history.csv":
             shutil.copy(folder / name, record)
@@ -151,16 +151,16 @@ def keep_record(run, folder, out):
 
 
 def keep_queries(iterations, record):
-    """queries.csv of a record: `iteration, id, group` of every image that was selected."""
+    """Write queries.csv of a record: `iteration, id, group` of every selected image."""
     queries = {k: folder / "queries.csv" for k, folder in enumerate(iterations) if (folder / "queries.csv").exists()}
     rows = [(k, row["id"], row["group"]) for k, path in queries.items() for row in read_csv(path)]
     write_csv(record / "queries.csv", ["iteration", "id", "group"], rows)
 
 
 def keep_pools(scored, record):
-    """pool.csv of a record, a row of `rate_pool` per scored iteration, and pool_images.npz with the score and the Dice
-    of each pool image: `ids` (N,), `iterations` (K,), `score` and `dice`, float32 (K, N), NaN for an image that was
-    not in the pool."""
+    """Write pool.csv of a record, with a row of `rate_pool` for each scored iteration, and pool_images.npz with the
+    score and the Dice of each pool image: `ids` (N,), `iterations` (K,), `score` and `dice`, float32 (K, N), NaN for
+    an image that was not in the pool."""
     pools = {k: read_pool(folder) for k, folder in scored.items()}
     edges = region_edges(pools[min(pools)]["score"])
     rows = [{"iteration": k, **rate_pool(pool, edges)} for k, pool in pools.items()]
@@ -177,12 +177,12 @@ def keep_pools(scored, record):
 
 def read_pool(folder):
     """scores.csv and queries.csv of an iteration: a dict of `id`, str (n,), `score` and `dice`, float64 (n,), and
-    `group`, str (n,), empty where an image was not selected."""
+    `group`, str (n,), empty for images that were not selected."""
     return join_pool(read_csv(folder / "scores.csv"), read_csv(folder / "queries.csv"))
 
 
 def join_pool(scores, queries):
-    """As `read_pool`, from rows that have been read."""
+    """Like `read_pool`, from the rows of the two files."""
     groups = {row["id"]: row["group"] for row in queries}
     return {
         "id": np.array([row["id"] for row in scores]),
@@ -193,14 +193,13 @@ def join_pool(scores, queries):
 
 
 def region_edges(scores):
-    """The two scores that part certain, uncertain and most uncertain images: those between which the random group
-    lies."""
+    """The two scores that separate certain, uncertain and most uncertain images: the limits of the random group."""
     return tuple(sorted(ceal.random_range(*ceal.histogram(scores)[2:])))
 
 
 def rate_pool(pool, edges):
-    """One iteration's pool: its size, the rank correlation of score and Dice, how many images lie in each of the
-    paper's four regions, and the mean Dice of the whole and of each group (empty if the group is)."""
+    """The row of pool.csv for a pool: its size, the rank correlation of score and Dice, the number of images in each of
+    the paper's four regions, and the mean Dice of the pool and of each group (empty for an empty group)."""
     low, high = edges
     score, dice = pool["score"], pool["dice"]
     certain, most = score < low, score >= high
@@ -219,16 +218,16 @@ def rate_pool(pool, edges):
 
 
 def check_records(out, base):
-    """Raise UserError if a record is damaged or was made with other settings, or two with different data."""
+    """Raise UserError if a record is damaged or has other settings, or if two records have different data."""
     data = {}
     for folder in record_folders(out):
         with as_written(folder):
             different = different_setting(Run.named(folder.name), folder, base)
             data[recorded_data(folder)] = folder
         if different:
-            raise UserError(f"{folder} was made with {different}: give the settings it was made with, or another --out")
+            raise UserError(f"{folder} was made with {different}: give the same settings, or another --out")
     if len(data) > 1:
-        raise UserError(f"{' and '.join(map(str, data.values()))} were made with different --data: give each its --out")
+        raise UserError(f"{' and '.join(map(str, data.values()))} differ in their --data: give each its own --out")
 
 
 def recorded_data(folder):
@@ -237,13 +236,13 @@ def recorded_data(folder):
 
 
 def record_folders(out):
-    """The folders of all records, without what a process is writing at the moment."""
+    """The folders of all records, except those that are still being written."""
     return sorted((out / "records").glob("[!.]*-*"))
 
 
 @contextlib.contextmanager
 def as_written(folder):
-    """Name the record that turns out to be damaged, in a UserError."""
+    """Turn an error that a damaged folder causes into a UserError that names the folder."""
     try:
         yield
     except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, BadZipFile) as error:
@@ -251,9 +250,9 @@ def as_written(folder):
 
 
 def read_pools(folder):
-    """The pools of `read_pool` that a record keeps: a dict of iteration to pool.
+    """The pools of a record: a dict of iteration to pool, as from `read_pool`.
 
-    Records of earlier versions keep them as csv files, and for `ceal` with seed 1 alone."""
+    Records of earlier versions have them as csv files, and only for `ceal` with seed 1."""
     pools = {}
     for file in sorted(folder.glob("iteration_*_scores.csv")):
         queries = file.with_name(file.name.replace("scores", "queries"))
@@ -272,7 +271,7 @@ def read_pools(folder):
 
 
 def read_record(folder):
-    """What a run has found: a dict."""
+    """The results in a record, a dict. Raises ValueError and other errors of `as_written` if it is damaged."""
     history, test = read_csv(folder / "history.csv"), read_csv(folder / "test_dice.csv")
     names = [name for name in test[0] if name != "id"]
     pool = read_csv(folder / "pool.csv") if (folder / "pool.csv").exists() else []
@@ -290,9 +289,9 @@ def read_record(folder):
 
 
 def read_records(out):
-    """All records: a dict of (regime, arm) to a dict of seed to `read_record`; those of FULL are in both regimes.
+    """All records: a dict of (regime, arm) to a dict of seed to `read_record`, in the order of REGIMES and ARMS.
 
-    In the order of REGIMES and ARMS."""
+    Records of FULL are in each regime that has other arms. Raises UserError if a record is damaged."""
     found = {}
     for folder in record_folders(out):
         run = Run.named(folder.name)
@@ -309,16 +308,16 @@ def read_records(out):
 
 
 def area(annotations, dice):
-    """Mean height of the curve of Dice, (..., K), against annotations, (K,), or iterations where nobody is asked."""
+    """Mean height of the curve of Dice, (..., K), against annotations, (K,), or iterations if there are no queries."""
     annotations = annotations if annotations[-1] > annotations[0] else range(len(annotations))
     return np.trapezoid(dice, annotations) / (annotations[-1] - annotations[0])
 
 
 def interval(differences):
-    """95 % bootstrap interval of the mean of (seed, image), seeds and images being drawn anew, each for itself.
+    """95 % bootstrap interval of the mean of differences (seed, image). Seeds and images are resampled independently.
 
-    Their two scatters add up as they should; that of one seed's network on one image counts up to three times, so the
-    interval is on the wide side (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007)."""
+    The variances over seeds and over images count once, as they should. The interaction of seed and image counts up to
+    three times, so the interval is rather wide (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007)."""
     seeds, images = map(np.arange, differences.shape)
 
     def mean(some_seeds, some_images, axis):
@@ -330,13 +329,13 @@ def interval(differences):
 
 
 def interval_over_seeds(differences):
-    """95 % interval (Student's t) of the mean of (seed, image) over other seeds, for these images as they are."""
+    """95 % interval (Student's t) over seeds of the mean of differences (seed, image), for these images only."""
     return tuple(map(float, ttest_1samp(differences.mean(1), 0).confidence_interval()))
 
 
 def against_random(runs, baseline, measure, interval_of=interval):
-    """Mean of an arm's `measure`, record -> (image,), less that of `random`, over common seeds, and its 95 % interval;
-    None if there are fewer than two."""
+    """Mean difference of `measure`, record -> (image,), between an arm and `random` over common seeds, with its 95 %
+    interval: (mean, low, high). None if there are fewer than two common seeds."""
     seeds = sorted(runs.keys() & baseline.keys())
     if len(seeds) < 2:
         return None
@@ -345,17 +344,17 @@ def against_random(runs, baseline, measure, interval_of=interval):
 
 
 def last_dice(record):
-    """Each test image's Dice at the end."""
+    """Each test image's Dice after the last iteration, (image,)."""
     return record["images"][:, -1]
 
 
 def mean_dice(record):
-    """Each test image's Dice averaged along the curve; `area`."""
+    """Each test image's mean Dice along the curve, (image,): its `area`."""
     return area(record["annotations"], record["images"])
 
 
 def summarise(found):
-    """The table: a dict per regime and arm."""
+    """The rows of the table, a dict for each regime and arm. found: as from `read_records`."""
     rows = []
     for (regime, arm), runs in found.items():
         ends = np.array([run["dice"][-1] for run in runs.values()])
@@ -390,7 +389,7 @@ def mean_curve(runs):
 
 
 def needed(runs, share, reference):
-    """The annotations with which the seeds' mean curve first reaches this share of `full`; None if it never does."""
+    """The annotations at which the mean curve over seeds first reaches this share of `reference`, or None."""
     if reference is None:
         return None
     annotations, dice = mean_curve(runs)
@@ -399,7 +398,7 @@ def needed(runs, share, reference):
 
 
 def reached(annotations, dice, level):
-    """The annotations at which a curve, (K,) and (K,), first reaches this Dice, interpolated; NaN if it never does."""
+    """The annotations, interpolated, at which a curve, (K,) and (K,), first reaches this Dice; NaN if it never does."""
     k = int(np.argmax(dice >= level))
     if dice[k] < level:
         return np.nan
@@ -412,7 +411,7 @@ def reached(annotations, dice, level):
 def curves(found):
     """Dice against annotations of every arm with the standard deviation over seeds, for figures.figure_curves.
 
-    An arm that asks for nothing is drawn where the other arms are after as many steps."""
+    An arm without queries is drawn at the annotations that the other arms have after the same number of steps."""
     panels = {}
     for regime in REGIMES:
         arms = [arm for arm in STYLES if (regime, arm) in found]
@@ -431,7 +430,7 @@ def curves(found):
 
 
 def differences(found):
-    """Each arm's Dice less that of `random` after each iteration, over common seeds, with the 95 % interval of
+    """Each arm's Dice minus that of `random` after each iteration, over common seeds, with the 95 % interval of
     `interval`, for figures.figure_differences."""
     panels = {}
     for (regime, arm), runs in found.items():
@@ -446,8 +445,8 @@ def differences(found):
 
 
 def saved(found):
-    """How many annotations fewer than `random` each arm needs for the best Dice that `random` has had up to each point,
-    over common seeds, for figures.figure_saved."""
+    """How many fewer annotations than `random` each arm needs to reach the best Dice of `random` so far, over common
+    seeds, for figures.figure_saved."""
     panels = {}
     for (regime, arm), runs in found.items():
         baseline = found.get((regime, "random"), {})
@@ -456,7 +455,7 @@ def saved(found):
             continue
         annotations, dice = mean_curve({seed: runs[seed] for seed in seeds})
         reference = mean_curve({seed: baseline[seed] for seed in seeds})[1]
-        # The best so far, because a curve may go down again after it has reached a level.
+        # The best so far, because a curve may fall again after it has reached a level.
         levels = np.maximum.accumulate(reference)
         fewer = [reached(annotations, reference, level) - reached(annotations, dice, level) for level in levels]
         curve = Curve(f"{arm} ({len(seeds)})", STYLES[arm], annotations, np.array(fewer))
@@ -465,22 +464,22 @@ def saved(found):
 
 
 def pool_means(found):
-    """The means over seeds of the columns of pool.csv for `ceal`, in the first regime that has it: (iterations, dict of
-    column to float (K,), NaN where a group is empty), for figures.figure_pool; None if no record has them."""
+    """The means over seeds of the columns of pool.csv for `ceal` in the first regime that has it, for
+    figures.figure_pool: (iterations, dict of column to float (K,), NaN for an empty group); None without a pool.csv."""
     runs = next((found[key] for key in ((regime, "ceal") for regime in REGIMES) if key in found), None)
     if runs is None or not any(run["pool"] for run in runs.values()):
         return None
     tables = [run["pool"] for run in runs.values()]
 
     def mean(name):
-        columns = np.array([[row[name] for row in table] for table in tables], float)  # None, an empty group, to NaN
-        return np.ma.masked_invalid(columns).mean(0).filled(np.nan)  # without a warning where a group is empty
+        columns = np.array([[row[name] for row in table] for table in tables], float)  # None (empty group): NaN
+        return np.ma.masked_invalid(columns).mean(0).filled(np.nan)  # without a warning for an empty group
 
     return [row["iteration"] for row in tables[0]], {name: mean(name) for name in POOL}
 
 
 def regions(pools):
-    """A dict of iteration to pool as a list of figures.Regions, with the limits of the first."""
+    """A list of figures.Regions, all with the limits of the first pool. pools: a dict of iteration to pool."""
     edges = region_edges(pools[min(pools)]["score"])
     titles = {k: f"after iteration {k - 1}: {len(pool['score'])} in the pool" for k, pool in pools.items()}
     return [Regions(titles[k], p["score"], p["dice"], p["group"], edges, FAILURE) for k, p in pools.items()]

@@ -1,6 +1,6 @@
 """The figures of a run and of an experiment, drawn from plain numbers.
 
-Nothing here reads records or computes statistics. matplotlib is imported when something is drawn: it takes a second.
+Nothing here reads records or computes statistics. matplotlib is imported only to draw, because that takes a second.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 
 from utils import whole_file
 
-# Colours that differ in grey and for colour-blind readers, each with its own marker.
+# Label, colour and marker of each group. The colours also differ in greyscale and for colour-blind readers.
 GROUPS = {
     "no_detection": ("no detection", "#0072b2", "v"),
     "most_uncertain": ("most uncertain", "#d55e00", "^"),
@@ -20,7 +20,7 @@ GROUPS = {
 
 
 def new_figure(**options):
-    """A matplotlib Figure that belongs to no window."""
+    """A matplotlib Figure without a window."""
     from matplotlib.figure import Figure
 
     return Figure(**options)
@@ -30,7 +30,7 @@ def save_figure(figure, path, vector=False):
     """Write a PNG and, if `vector`, a PDF for print beside it."""
     for suffix in (".png", ".pdf") if vector else (".png",):
         with whole_file(Path(path).with_suffix(suffix)) as partial:
-            metadata = {"CreationDate": None} if suffix == ".pdf" else None  # the same figure, the same file
+            metadata = {"CreationDate": None} if suffix == ".pdf" else None  # equal figures give equal files
             figure.savefig(partial, dpi=150, bbox_inches="tight", metadata=metadata)
 
 
@@ -38,10 +38,10 @@ def save_figure(figure, path, vector=False):
 
 
 def figure_scores(scores, dice, groups, counts, edges, path):
-    """The paper's Fig. 2: the score of each pool image against its Dice, the selected images in colour; the histogram.
+    """The paper's Fig. 2: score against Dice of each pool image, the selected ones in colour, and the histogram.
 
-    scores, dice: (N,); where there is no truth the Dice is NaN, and the image is drawn below the others. groups: dict
-    of a name in GROUPS to positions in them; counts, edges: of ceal.histogram.
+    scores, dice: (N,). An image without a true mask has Dice NaN and is drawn below the others. groups: a dict of a key
+    of GROUPS to positions in `scores`. counts, edges: as from ceal.histogram.
     """
     known = np.isfinite(dice)
     figure = new_figure(figsize=(7, 6), layout="constrained")
@@ -58,7 +58,7 @@ def figure_scores(scores, dice, groups, counts, edges, path):
 
 
 def draw_scores(ax, scores, dice, groups):
-    """Draw score against Dice, (N,), the selected images in colour: groups as in `figure_scores`."""
+    """Draw score against Dice, (N,) each, the selected images in colour. groups: as in `figure_scores`."""
     ax.scatter(scores, dice, s=6, color="0.75")
     for group, selected in groups.items():
         label, color, marker = GROUPS[group]
@@ -78,7 +78,7 @@ def figure_examples(examples, path):
     """The paper's Fig. 1 for some images of each group, one row per image.
 
     examples: a list of (group, list of (title, image uint8 (H, W, C), truth (H, W) or None, step predictions, each
-    (H, W), their mean (H, W), uncertainty map (H, W))). All maps have one colour scale.
+    (H, W), their mean (H, W), uncertainty map (H, W))). All maps have the same colour scale.
     """
     rows = [(group, example) for group, images in examples for example in images]
     highest = max(example[-1].max() for _, example in rows) or 0.25
@@ -122,7 +122,7 @@ def draw_history(ax, history):
 
 
 def figure_overview(title, history, pool, examples, path):
-    """The run at a glance: its curve, the last selection, and masks of the network.
+    """A run in one figure: its curve, the last selection, and masks of the network.
 
     history: as in `figure_history`, or None without test images; pool: (scores, dice, groups) as in `figure_scores`, or
     None; examples: a list of (title, image uint8 (H, W, C), prediction bool (H, W), truth (H, W) or None).
@@ -166,7 +166,7 @@ class Curve(NamedTuple):
 
 
 def figure_curves(panels, path):
-    """Dice against annotations. panels: a dict of title to a list of Curve; one of a single point is a line across."""
+    """Dice against annotations. panels: a dict of title to a list of Curve; a single point becomes a level line."""
     if not panels:
         return
     figure = new_figure(figsize=(6 * len(panels), 5.5), layout="constrained")
@@ -185,7 +185,7 @@ def figure_curves(panels, path):
 
 
 def figure_differences(panels, path):
-    """Differences to `random` with their intervals, up to four panels in a row, new rows for each regime.
+    """Differences to `random` with their intervals: up to four panels in a row, and new rows for each regime.
 
     panels: a dict of regime to a list of (title, annotations, mean, low, high), the last four (K,).
     """
@@ -226,13 +226,13 @@ class Regions(NamedTuple):
     title: str
     score: np.ndarray  # (n,)
     dice: np.ndarray  # (n,)
-    group: np.ndarray  # str (n,), empty where an image was not selected
+    group: np.ndarray  # str (n,), empty for images that were not selected
     edges: tuple  # two scores: certain | uncertain | most uncertain
     failure: float  # the Dice below which a prediction is poor
 
 
 def draw_regions(ax, pool):
-    """The paper's Fig. 2 in one panel: score against Dice, the selected images marked, the limits of the regions."""
+    """Draw the paper's Fig. 2 in one panel: score against Dice, the selected images, the limits of the regions."""
     draw_scores(ax, pool.score, pool.dice, {group: np.flatnonzero(pool.group == group) for group in GROUPS})
     for edge in pool.edges:
         ax.axvline(edge, color="0.3", linewidth=0.7)
@@ -241,8 +241,8 @@ def draw_regions(ax, pool):
 
 
 def figure_named_regions(pool, counts, edges, path):
-    """The paper's Fig. 2 of a `Regions`, the four regions named; below it the histogram, counts and edges of
-    ceal.histogram."""
+    """The paper's Fig. 2 of a `Regions` with the names of the four regions, and the histogram below. counts, edges: as
+    from ceal.histogram."""
     figure = new_figure(figsize=(7, 6), layout="constrained")
     scatter, histogram = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     draw_regions(scatter, pool)
@@ -261,14 +261,14 @@ def figure_named_regions(pool, counts, edges, path):
 
 
 def figure_regions(pools, path):
-    """The paper's Fig. 3: a panel for each `Regions` of a list."""
+    """The paper's Fig. 3: a panel for each `Regions` in the list."""
     figure = new_figure(figsize=(9, 7), layout="constrained")
     axes = figure.subplots(-(-len(pools) // 2), min(2, len(pools)), sharex=True, sharey=True, squeeze=False).flat
     for pool, ax in zip(pools, axes):
         draw_regions(ax, pool)
     for unused in axes:
         unused.set_axis_off()
-    # The last panel's: it has pseudo-labels.
+    # The labels of the last panel, because it has pseudo-labels.
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     save_figure(figure, path, vector=True)
 
@@ -276,7 +276,7 @@ def figure_regions(pools, path):
 def figure_pool(iterations, means, path):
     """The pool in each iteration: its regions, the correlation of score and Dice, the true Dice of each group.
 
-    means: a dict of the columns of a record's pool.csv to float (K,), NaN where a group is empty.
+    means: a dict of the columns of a record's pool.csv to float (K,), NaN for an empty group.
     """
     figure = new_figure(figsize=(13, 4), layout="constrained")
     regions, correlation, quality = figure.subplots(1, 3)

@@ -1,17 +1,19 @@
-"""Masks for images: NAME_segmentation.png at the image's own size, 0 and 255, as the ISIC challenge wants them.
+"""Predicts masks: NAME_segmentation.png at the image's own size, 0 and 255, as the ISIC challenge expects them.
 
-    python predict.py photo.jpg                                     # with the best weights of weights/, to masks/
+    python predict.py photo.jpg                                     # best weights of weights/, output in masks/
     python predict.py photo.jpg folder/ --weights runs/NAME/iteration_09/model.weights.h5 --out masks
-    python predict.py folder/ --weights ... --uncertainty --overlay # what the network is unsure of, and outlines
-    python predict.py folder/ --weights ... --truth true_masks/     # how good the masks are
+    python predict.py folder/ --weights ... --uncertainty --overlay # also writes uncertainty maps and outlines
+    python predict.py folder/ --weights ... --truth true_masks/     # also evaluates the masks
 
 Masks and metrics.csv go to OUT, uncertainty maps and scores.csv to OUT/uncertainty, outlines to OUT/overlay.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import operator
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +28,30 @@ from skimage.segmentation import find_boundaries
 from ceal import uncertainty_score
 from config import PRECISIONS
 from data import normalise
-from pictures import NOT_AN_IMAGE, SUFFIXES, open_picture, read_image, read_mask, resize_map, upright
+from pictures import (
+    inverted_warning,
+    left_out_line,
+    list_images,
+    mask_cover,
+    match_masks,
+    open_picture,
+    orientation,
+    other_way,
+    read_image,
+    read_mask,
+    resize_map,
+    size_tells,
+    turned_warning,
+    upright,
+)
 from utils import (
     UserError,
     composed,
+    cores,
     map_in_order,
     print_error,
+    print_warning,
+    printable,
     progress_bar,
     run_command,
     segmentation_metrics,
@@ -40,96 +60,90 @@ from utils import (
 )
 
 SHIPPED = [Path(__file__).parent / "weights" / f"{name}.weights.h5" for name in ("best", "paper")]  # the best first
-MIRRORS = ((), (1,), (2,), (1, 2))  # the axes of (N, H, W, C) that are reversed; the first: the image as it is
+MIRRORS = ((), (1,), (2,), (1, 2))  # the axes of (N, H, W, C) to reverse; the first entry is the image itself
 THRESHOLDS = np.arange(1, 20) / 20
 BATCH = 16
-SOFTWARE = "CEAL predict.py"  # what a PNG of this program says that it was made with
+PIXELS = 48_000_000  # of the pictures that are read or written at the same time; each million takes up to 20 MB
+SOFTWARE = "CEAL predict.py"  # marks the PNG files of this program
 
 
 @dataclasses.dataclass
 class Options:
-    """What is to be done with the images. The defaults are the paper's: masks of the plain prediction, cut at 0.5."""
+    """What to do with the images. The defaults are the paper's: the plain prediction, with a threshold of 0.5."""
 
     out: Path
     threshold: float = 0.5
     tta: bool = False  # the mean over the mirrored images
-    largest: bool = False  # keep the largest part, its holes filled
-    passes: int = 0  # of Monte Carlo dropout, for the uncertainty; 0: no uncertainty
+    largest: bool = False  # keep only the largest part and fill its holes
+    passes: int = 0  # Monte Carlo passes for the uncertainty; 0: no uncertainty
     overlay: bool = False
-    truths: dict = dataclasses.field(default_factory=dict)  # an image's path -> that of its true mask
-    try_thresholds: bool = False  # rate the masks cut at THRESHOLDS too
+    truths: dict = dataclasses.field(default_factory=dict)  # an image's path to its true mask's path
+    try_thresholds: bool = False  # evaluate the masks at THRESHOLDS too
+    names: dict = dataclasses.field(default_factory=dict)  # an image's path to its name, if that is not its stem
+
+    def name(self, path):
+        """The name of an image, of which the names of its results are made."""
+        return self.names.get(path, path.stem)
 
 
-# ------------------------------------------------------------------------------------------------------- what is there
+# ---------------------------------------------------------------------------------------------------------- the inputs
 
 
-def find_images(inputs):
-    """The image files among `inputs` (files and folders), sorted within each folder: a list of Path.
+def find_images(inputs, recursive=False, without=()):
+    """The image files of `inputs` (files and folders), sorted within each folder: a dict of Path to name, and a list of
+    pictures.LeftOut. recursive: search subfolders too, but not those in `without`; the name of sub/x.jpg is sub__x.
 
-    Raises UserError if an input is missing, holds no image, or two images would have one mask.
-    """
-    images = []
+    Raises UserError if an input is missing or a folder without images, or if two masks would have the same name."""
+    images, left_out = [], []
     for given in map(Path, inputs):
         if given.is_dir():
-            found = [path for path in sorted(given.iterdir()) if path.suffix.lower() in SUFFIXES]
-            found = [path for path in found if not path.stem.lower().endswith(NOT_AN_IMAGE)]
-            found = [path for path in found if not path.name.startswith(".") and not path.is_dir()]
+            found, others = list_images(given, recursive, without)
             if not found:
-                raise UserError(f"{given}: no image in this folder ({' '.join(sorted(SUFFIXES))})")
-            images += found
+                raise UserError("; ".join(filter(None, [f"{given}: no image in this folder", left_out_line(others)])))
+            paths = [Path(path) for _, path in found]
+            images += [(path, "__".join([*path.relative_to(given).parts[:-1], path.stem])) for path in paths]
+            left_out += others
         elif given.exists():
-            images.append(given)
+            images.append((given, given.stem))
         else:
             raise UserError(f"{given}: there is no such file or folder")
     seen = {}
-    for path in images:
-        if path.stem in seen:
-            raise UserError(f"{seen[path.stem]} and {path} would have the same mask: rename one, or do it separately")
-        seen[path.stem] = path
-    return images
+    for path, name in images:
+        if name in seen:
+            raise UserError(f"{seen[name]} and {path} would have the same mask; rename one, or use another --out")
+        seen[name] = path
+    return dict(images), left_out
 
 
-def find_truths(folder, images):
-    """The true masks in `folder`, NAME_segmentation.png or NAME.png in any case: a dict of an image's path to its
-    mask's, without the images that have none.
+def find_truths(folder, images, recursive=False, without=()):
+    """Find the true masks of `images`, a dict of Path to name, in `folder`; `match_masks` says what they are called.
 
-    Raises UserError if the folder is missing or has no image's mask, or if it is not clear whose mask one is.
-    """
+    Returns a dict of an image's path to its mask's path, without the images that have no mask, and a list of
+    pictures.LeftOut. Raises UserError if the folder is missing or has no mask of any image, or if a mask or an image
+    has several matches."""
     if not folder.is_dir():
-        raise UserError(f"--truth {folder}: {'is no folder' if folder.exists() else 'there is no such folder'}")
-    masks = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() == ".png":
-            masks.setdefault(composed(path.stem).lower(), []).append(path)
-    truths, owners = {}, {}
-    for image in images:
-        name = composed(image.stem).lower()
-        # NAME.png may be the image itself.
-        found = masks.get(f"{name}_segmentation") or [p for p in masks.get(name, []) if p.resolve() != image.resolve()]
-        if len(found) > 1:
-            raise UserError(f"{found[0]} and {found[1]} are both the true mask of {image}: remove one")
-        if found:
-            truths[image] = found[0]
-            if owners.setdefault(found[0], image) != image:
-                raise UserError(f"{found[0]} is the true mask of {owners[found[0]]} or of {image}: rename one of them")
-    if not truths:
-        raise UserError(f"--truth {folder}: no true mask of any image, say {images[0].stem}_segmentation.png")
-    return truths
+        raise UserError(f"--truth {folder}: {'not a folder' if folder.exists() else 'there is no such folder'}")
+    paths = {composed(name): path for path, name in images.items()}
+    masks, _, left_out = match_masks(folder, paths, recursive, without)
+    if not masks:
+        expected = f"--truth {folder}: no true mask of any image, for example {next(iter(paths))}_segmentation.png"
+        raise UserError("; ".join(filter(None, [expected, left_out_line(left_out)])))
+    return {paths[name]: Path(mask) for name, mask in masks.items()}, left_out
 
 
 def find_weights(given):
-    """The weights file to use: the one given, or else the best one shipped. Raises UserError if none is."""
+    """The path `given`, or that of the best shipped weights if it is None. Raises UserError if there are none."""
     found = [Path(given)] if given is not None else [path for path in SHIPPED if path.exists()]
     if not found:
-        raise UserError("--weights is needed, a model.weights.h5 that train.py wrote: weights/ has none")
+        raise UserError("--weights is needed, because weights/ has none; give a model.weights.h5 that train.py wrote")
     return found[0]
 
 
-# --------------------------------------------------------------------------------------------------- image after image
+# ------------------------------------------------------------------------------------------------------ the prediction
 
 
 def read(path, settings):
-    """(path, image at the network's size, original (height, width)), or (path, UserError, None)."""
+    """Returns (path, image at the network's size, original (height, width)), or (path, UserError, None)."""
     try:
         return path, *read_image(path, settings["height"], settings["width"], settings["channels"])
     except UserError as error:
@@ -137,7 +151,7 @@ def read(path, settings):
 
 
 def save_png(pixels, path):
-    """Write uint8 pixels, whole or not at all, marked as this program's."""
+    """Write uint8 pixels to a PNG file, marked as this program's. It appears complete or not at all."""
     note = PngInfo()
     note.add_text("Software", SOFTWARE)
     with whole_file(path) as partial:
@@ -154,7 +168,7 @@ def is_ours(path):
 
 
 def largest_part(mask):
-    """The largest part (corners connect) of a bool mask (H, W), its holes filled; an empty mask stays empty."""
+    """The largest part (8-connected) of a bool mask (H, W), with its holes filled. An empty mask stays empty."""
     parts = regionprops(label(mask))
     kept = np.zeros_like(mask)
     if parts:
@@ -163,72 +177,87 @@ def largest_part(mask):
     return kept
 
 
-def spare_masks(images, out):
-    """Raise UserError if a mask that this program did not write, perhaps the true one, would be overwritten."""
-    for path in images:
-        mask = out / f"{path.stem}_segmentation.png"
+def spare_masks(names, out):
+    """Raise UserError if a mask in `out` that this program did not write would be overwritten."""
+    for name in names:
+        mask = out / f"{name}_segmentation.png"
         if mask.exists() and not is_ours(mask):
             raise UserError(f"{mask}: predict.py did not write it and would overwrite it; give another --out")
 
 
 def read_truth(path, size):
-    """The true mask in a file, uint8 (H, W), of an image of this size. Raises UserError if there is none."""
+    """The true mask, uint8 (H, W), of an image of `size`. Raises UserError if it is unreadable or of another size."""
     true_mask, own_size = read_mask(path, *size)
     if own_size != size:
         sizes = "{}x{} and its image {}x{} rows x columns".format(*own_size, *size)
-        raise UserError(f"{path} is {sizes}: not of the same picture, or resized; get or draw the mask again")
+        raise UserError(f"{path} is {sizes}; get or draw a mask of the image's own size")
     return true_mask
 
 
 def rate(mask, true_mask):
-    """The challenge's metrics, a dict of name to float, of a bool mask (H, W)."""
+    """The challenge's metrics of a bool mask (H, W): a dict of name to float."""
     return {name: float(values[0]) for name, values in segmentation_metrics(true_mask[None], mask[None]).items()}
 
 
 class Result(NamedTuple):
     name: str
-    uncertainty: float | None  # the score
-    rating: dict | UserError | None  # what `rate` said, or why there is none; None: there is no truth
-    curve: list  # its Dice at THRESHOLDS, if that was asked for
+    uncertainty: float | None  # the score; None without passes
+    rating: dict | UserError | None  # from `rate`, or why it is impossible; None without a true mask
+    curve: list  # the Dice at each of THRESHOLDS; empty if not asked for
+    cover: tuple | None = None  # the true mask's, from pictures.mask_cover
+    unclear: bool = False  # whether the true mask's size does not tell which way it was drawn
+    turned: bool = False  # whether the other way fits the prediction far better
 
 
 def save_results(path, size, prediction, variance, mean, options):
-    """Write what was asked for about one image: prediction, variance and mean (or None) are float32 maps (H, W).
+    """Write the files of one image. Returns its Result.
 
-    Returns its Result.
+    size: the image's own (height, width). prediction, variance, mean: float32 maps (H, W); the last two may be None.
     """
-    probability = resize_map(prediction, size)
+    probability, name = resize_map(prediction, size), options.name(path)
 
     def cut(threshold):
         mask = probability > threshold
         return largest_part(mask) if options.largest else mask
 
     mask = cut(options.threshold)
-    save_png(mask.astype(np.uint8) * 255, options.out / f"{path.stem}_segmentation.png")
+    save_png(mask.astype(np.uint8) * 255, options.out / f"{name}_segmentation.png")
     if variance is not None:
         # 0.25 is the largest variance that a probability can have.
         grey = np.round(resize_map(variance, size) / 0.25 * 255).astype(np.uint8)
-        save_png(grey, options.out / "uncertainty" / f"{path.stem}_uncertainty.png")
+        save_png(grey, options.out / "uncertainty" / f"{name}_uncertainty.png")
     if options.overlay:
         with open_picture(path) as picture:
             pixels = np.array(upright(picture).convert("RGB"))
         pixels[find_boundaries(mask, mode="thick")] = 0, 255, 255
-        save_png(pixels, options.out / "overlay" / f"{path.stem}_overlay.png")
-    score = None if variance is None else uncertainty_score(variance, mean)
-    rating, curve = None, []
+        save_png(pixels, options.out / "overlay" / f"{name}_overlay.png")
+    result = Result(name, None if variance is None else uncertainty_score(variance, mean), None, [])
     if path in options.truths:
         try:
-            true_mask = read_truth(options.truths[path], size)
-            rating = rate(mask, true_mask)
-            curve = [rate(cut(t), true_mask)["dice"] for t in THRESHOLDS] if options.try_thresholds else []
+            result = evaluate(result, path, mask, cut, options)
         except UserError as error:
-            rating = error
-    return Result(path.stem, score, rating, curve)
+            result = result._replace(rating=error)
+    return result
+
+
+def evaluate(result, path, mask, cut, options):
+    """Compare the mask, bool (H, W), of an image with its true mask. Returns the completed Result.
+
+    cut: a function from a threshold to the mask. Raises UserError if the true mask cannot be used."""
+    true_mask = read_truth(options.truths[path], mask.shape)
+    rating = rate(mask, true_mask)
+    curve = [rate(cut(t), true_mask)["dice"] for t in THRESHOLDS] if options.try_thresholds else []
+    with open_picture(path) as picture:
+        turn = orientation(picture)
+    unclear, turned = not size_tells(turn, mask.shape), False
+    if unclear:
+        turned = rate(mask, other_way(true_mask, turn))["dice"] >= rating["dice"] + 0.3
+    return result._replace(rating=rating, curve=curve, cover=mask_cover(true_mask), unclear=unclear, turned=turned)
 
 
 def predict_batch(model, settings, batch, options):
-    """Rows (path, original size, prediction, variance, mean) for a list of (path, image, original size); the last
-    two are of Monte Carlo passes, or None if none are asked for."""
+    """Predict a list of (path, image, original size). Returns rows (path, original size, prediction, variance, mean);
+    variance and mean are of the Monte Carlo passes, or None without passes."""
     paths, images, sizes = zip(*batch)
     images, normalisation = np.stack(images), {name: settings[name] for name in ("mean", "std")}
     inputs, mirrors = normalise(images, **normalisation), MIRRORS if options.tta else MIRRORS[:1]
@@ -242,22 +271,65 @@ def predict_batch(model, settings, batch, options):
 
 
 def in_batches(items):
-    """Lists of up to BATCH items."""
+    """Yield lists of up to BATCH items."""
     items = iter(items)
     while batch := list(itertools.islice(items, BATCH)):
         yield batch
 
 
-def predict_all(images, model, settings, options):
-    """Write the results of every image, reading, predicting and writing at the same time.
+class Room:
+    """Room in memory for a number of pixels. Threads wait until there is enough for their picture."""
 
-    Returns a list of Result, and what could not be read, a list of UserError."""
+    def __init__(self, pixels):
+        self._all = self._free = pixels
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, pixels):
+        """Keep room for the block; all of it for a picture that has more pixels."""
+        pixels = min(pixels, self._all)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+def pixels_of(path):
+    """The number of pixels of a picture; 0 if it cannot be read."""
+    try:
+        with open_picture(path) as picture:
+            return picture.width * picture.height
+    except UserError:
+        return 0
+
+
+def predict_all(images, model, settings, options):
+    """Write the results of every image. Reading, predicting and writing run at the same time.
+
+    Returns a list of Result, and a list of UserError, one for each image that could not be read."""
     results, unreadable = [], []
+    room = Room(PIXELS)
+    largest = max(map(pixels_of, itertools.islice(images, BATCH)), default=0)
+    workers = min(cores(), max(2, PIXELS // max(largest, 1)))  # a waiting thread, too, keeps some memory
+
+    def read_one(path):
+        with room.take(pixels_of(path)):
+            return read(path, settings)
+
+    def save_one(row):
+        with room.take(row[1][0] * row[1][1]):
+            return save_results(*row, options)
+
     with progress_bar() as progress:
         task = progress.add_task("images", total=len(images))
 
         def readable():
-            for path, image, size in map_in_order(lambda path: read(path, settings), images):
+            for path, image, size in map_in_order(read_one, images, workers):
                 if size is None:
                     unreadable.append(image)
                     progress.advance(task)
@@ -265,7 +337,7 @@ def predict_all(images, model, settings, options):
                     yield path, image, size
 
         rows = (row for batch in in_batches(readable()) for row in predict_batch(model, settings, batch, options))
-        for result in map_in_order(lambda row: save_results(*row, options), rows):
+        for result in map_in_order(save_one, rows, workers):
             results.append(result)
             progress.advance(task)
     return results, unreadable
@@ -275,101 +347,129 @@ def predict_all(images, model, settings, options):
 
 
 def mean_intervals(values):
-    """The means of values (M, N) over N images, and 95 % bootstrap intervals: three arrays (M,), mean, low and high,
-    which are NaN for a single image."""
+    """The means of values (M, N) over N images, with 95 % bootstrap intervals: three arrays (M,), mean, low and high.
+    Low and high are NaN for a single image."""
     mean = values.mean(1)
     if values.shape[1] == 1:
         return mean, mean * np.nan, mean * np.nan
-    # All resamples at once would take half a megabyte an image.
+    # In batches, because all resamples at once would need half a megabyte per image.
     found = bootstrap((values,), np.mean, axis=1, method="percentile", n_resamples=9999, batch=100, rng=0)
     return mean, *found.confidence_interval
 
 
 def report_ratings(results, out):
-    """Print the means of the images' metrics with their intervals, and write each image's to out/metrics.csv."""
+    """Print the mean of each metric with its interval, and write each image's metrics to out/metrics.csv."""
     without = [result.name for result in results if result.rating is None]
     if without:
         some = ", ".join(without[:10]) + ", ..." * (len(without) > 10)
-        print(f"no true mask, and so not rated: {len(without)} images ({some})")
+        print(f"not evaluated (no true mask): {len(without)} images ({some})")
     rated = {result.name: result.rating for result in results if isinstance(result.rating, dict)}
     if not rated:
-        print("no image could be rated")
+        print("no image could be evaluated")
         return
     names = list(next(iter(rated.values())))
     rows = [list(rating.values()) for rating in rated.values()]
     write_csv(out / "metrics.csv", ["id", *names], [(id, *row) for id, row in zip(rated, rows)])
-    print(f"{f'rated: {len(rated)}':<20}{'mean':>8}   95 % bootstrap interval over the images")
+    print(f"{f'evaluated: {len(rated)}':<20}{'mean':>8}   95 % bootstrap interval over the images")
     for name, mean, low, high in zip(names, *mean_intervals(np.array(rows).T)):
-        interval = "none: a single image" if np.isnan(low) else f"{low:.4f} to {high:.4f}"
+        interval = "no interval for a single image" if np.isnan(low) else f"{low:.4f} to {high:.4f}"
         print(f"{name.replace('_', ' '):<20}{mean:8.4f}   {interval}")
     print(f"{out}/metrics.csv: the metrics of each image")
     curves = [result.curve for result in results if result.curve]
     if curves:
         means = np.mean(curves, 0)
         print("threshold  Dice", *(f"{t:9.2f}  {mean:.4f}" for t, mean in zip(THRESHOLDS, means)), sep="\n")
-        print(f"the best for these images: --threshold {THRESHOLDS[means.argmax()]:g}; rate it on others")
+        print(f"best for these images: --threshold {THRESHOLDS[means.argmax()]:g}; evaluate it on other images")
+
+
+def warn_of_truths(results, truths):
+    """Print warnings about true masks that may be inverted or turned. truths: a dict of name to the mask's path."""
+    unclear = [result.name for result in results if result.unclear]
+    turned = [str(truths[result.name]) for result in results if result.turned]
+    some = ", ".join(turned[:10]) + ", ..." * (len(turned) > 10)
+    fits = f"{some}: fits the prediction far better if drawn on the picture before its turn by EXIF; turn the mask"
+    covers = [result.cover for result in results if result.cover]
+    for warning in (inverted_warning(covers), turned_warning(unclear), fits if turned else None):
+        if warning:
+            print_warning(warning)
 
 
 def read_arguments():
-    """The command line's arguments, checked as far as they can be without reading an image."""
+    """Read the command line and check what can be checked without reading an image."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="image files and folders of images")
     add("--weights", metavar="FILE", help="a model.weights.h5 that train.py wrote (default: the best one in weights/)")
     add("--out", type=Path, default="masks", metavar="DIR", help="the folder for the masks (default %(default)s)")
-    add("--overlay", action="store_true", help="the mask's outline drawn on the image")
-    add("--uncertainty", action="store_true", help="maps (white: variance 0.25) and scores.csv (--distance inside)")
-    add("--passes", type=int, metavar="T", help="Monte Carlo passes of --uncertainty (default 20)")
-    add("--truth", type=Path, metavar="DIR", help="true masks, NAME_segmentation.png: print and write the metrics")
-    add("--tta", action="store_true", help="predict the image's mirrored versions too and take the mean of the four")
-    add("--largest", action="store_true", help="keep the mask's largest connected part and fill its holes")
-    add("--threshold", type=float, default=0.5, metavar="X", help="lesion is above it (default %(default)s)")
-    add("--try-thresholds", action="store_true", help="print the Dice of masks cut at 0.05, 0.1, ...: needs --truth")
-    add("--precision", default="float32", choices=PRECISIONS, help="what the network computes in (default float32)")
+    add(
+        "--recursive",
+        action="store_true",
+        help="search subfolders too; the mask of sub/x.jpg is sub__x_segmentation.png",
+    )
+    add("--overlay", action="store_true", help="draw the mask's outline on the image")
+    add("--uncertainty", action="store_true", help="write maps (white: 0.25) and scores.csv (--distance inside)")
+    add("--passes", type=int, metavar="T", help="Monte Carlo passes for --uncertainty (default 20)")
+    add("--truth", type=Path, metavar="DIR", help="true masks, NAME_segmentation.png: evaluate the masks")
+    add("--tta", action="store_true", help="average the predictions of the image and its three mirrored versions")
+    add("--largest", action="store_true", help="keep only the mask's largest connected part and fill its holes")
+    add("--threshold", type=float, default=0.5, metavar="X", help="pixels above X are lesion (default %(default)s)")
+    add("--try-thresholds", action="store_true", help="with --truth: print the Dice at thresholds of 0.05 to 0.95")
+    add("--precision", default="float32", choices=PRECISIONS, help="the network's precision (default float32)")
     args = parser.parse_args()
     if args.passes and not args.uncertainty:
-        raise UserError(f"--passes {args.passes}: the masks need none; give --uncertainty for maps and scores")
+        raise UserError(f"--passes {args.passes}: only --uncertainty uses passes; add --uncertainty")
     args.passes = 20 if args.passes is None else args.passes
     if not 1 <= args.passes < 2**31:
-        raise UserError(f"--passes {args.passes}: must be at least 1, and below 2**31")
+        raise UserError(f"--passes {args.passes}: must be at least 1 and below 2**31")
     if not 0 < args.threshold < 1:
         raise UserError(f"--threshold {args.threshold}: must lie between 0 and 1")
     if args.try_thresholds and not args.truth:
-        raise UserError("--try-thresholds: what is best is known where there are true masks; give --truth DIR")
+        raise UserError("--try-thresholds needs true masks; add --truth DIR")
     if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"{args.out} is a file; give the name of a folder for the masks")
+        raise UserError(f"{args.out} is not a folder; give a folder for the masks")
     if args.truth and args.truth.resolve() == args.out.resolve():
-        raise UserError(f"--truth {args.truth}: the masks of --out would overwrite the true ones; give another --out")
+        raise UserError(f"--truth {args.truth}: the masks in --out would overwrite the true masks; give another --out")
     return args
 
 
 def main():
     """The command line."""
     args = read_arguments()
-    images, weights = find_images(args.inputs), find_weights(args.weights)
-    spare_masks(images, args.out)
-    truths = find_truths(args.truth, images) if args.truth else {}
-    from unet import load_unet, print_devices  # here, because TensorFlow takes seconds to import
+    skipped = [path for path in (args.out, args.truth) if path and path not in map(Path, args.inputs)]
+    images, left_out = find_images(args.inputs, args.recursive, skipped)
+    weights = find_weights(args.weights)
+    spare_masks(images.values(), args.out)
+    truths = {}
+    if args.truth:
+        truths, others = find_truths(args.truth, images, args.recursive, [args.out])
+        used = {str(path) for path in truths.values()}
+        left_out = list({item.path: item for item in left_out + others if item.path not in used}.values())
+    from unet import load_unet, print_devices, tensorflow_errors  # here, because TensorFlow takes seconds to import
 
     print_devices()
-    model, settings = load_unet(weights, args.precision)
+    with tensorflow_errors():
+        model, settings = load_unet(weights, args.precision)
     passes = args.passes if args.uncertainty else 0
     options = Options(
-        args.out, args.threshold, args.tta, args.largest, passes, args.overlay, truths, args.try_thresholds
+        args.out, args.threshold, args.tta, args.largest, passes, args.overlay, truths, args.try_thresholds, images
     )
-    results, errors = predict_all(images, model, settings, options)
+    with tensorflow_errors():
+        results, errors = predict_all(images, model, settings, options)
     unreadable = f"; {len(errors)} images could not be read" if errors else ""
-    print(f"{args.out}: {len(results)} masks by {weights}, cut at {args.threshold:g}{unreadable}")
+    print(f"{args.out}: {len(results)} masks by {weights}, threshold {args.threshold:g}{unreadable}")
     if args.uncertainty and results:
         scores = [(result.name, result.uncertainty) for result in results]
         write_csv(args.out / "uncertainty" / "scores.csv", ["name", "uncertainty"], scores)
         print(f"{args.out}/uncertainty: a map of each image, and scores.csv")
     if args.truth:
         report_ratings(results, args.out)
+        warn_of_truths(results, {images[path]: mask for path, mask in truths.items()})
         errors += [result.rating for result in results if isinstance(result.rating, UserError)]
     if results:
         what = "/overlay: the" if args.overlay else ": white is lesion; --overlay draws the"
         print(f"look at {args.out}{what} outline on each image")
+    if left_out:
+        print(printable(left_out_line(left_out)))
     for error in errors:
         print_error(error)
     return 2 if errors else 0

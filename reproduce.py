@@ -2,11 +2,11 @@
 
     python reproduce.py --preset quick --out results/quick --regimes scarce --arms ceal,random,full --seeds 5
     python reproduce.py --preset quick --out results/quick --only ceal,3 --regimes scarce    # one run: for a job array
-    python reproduce.py --preset quick --out results/quick --report            # from what is finished, without running
+    python reproduce.py --preset quick --out results/quick --report            # the report of the finished runs only
 
-All options of train.py may be given too, for all runs, and the same ones each time: a record of other settings is
-refused. Each run is one of train.py, in runs/OUT/, and goes on where it was if this is started again. What a finished
-one has found is kept in OUT/records/; the report rests on the records alone.
+The options of train.py apply to all runs. Give the same ones each time: a record with other settings is an error. Each
+run is one of train.py, in runs/OUT/; the same command continues interrupted runs. The results of finished runs are kept
+in OUT/records/, and the report uses only these records.
 """
 
 import argparse
@@ -38,13 +38,14 @@ from experiment import (
     record_folders,
     recorded_data,
 )
+from run_folder import outlasting_output
 from utils import UserError, cores, progress_bar, read_csv, run_command, whole_file, whole_folder, write_csv
 
 # ------------------------------------------------------------------------------------------------------------- the runs
 
 
 def begin_from_another(run, folder, base):
-    """Make the run's folder with the iterations that it has in common with another arm's run, if one has done them."""
+    """Make the run's folder with copies of the iterations that it shares with another arm's run, if they exist."""
     others = [run._replace(arm=arm) for arm in ARMS]
     shared = [(common_iterations(run, other, base), other) for other in others]
     for count, other in sorted(shared, reverse=True):
@@ -66,7 +67,7 @@ def begin_from_another(run, folder, base):
 
 
 def start(run, folder, base, threads):
-    """A process of train.py that does this run, or goes on with it; its output goes to a log beside the folder."""
+    """Start a process of train.py that does or continues this run. Its output goes to a log file beside the folder."""
     config = dataclasses.replace(configure(run, base), run=str(folder))
     options = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(config).items()]
     command = [sys.executable, os.path.relpath(Path(__file__).with_name("train.py")), *options]
@@ -77,12 +78,16 @@ def start(run, folder, base, threads):
 
 
 def run_all(runs, out, base, jobs):
-    """Do the runs that have no record yet, `jobs` at a time. Raises UserError if the data are not those of the records,
-    and at the end if some failed."""
+    """Do the runs that have no record yet, `jobs` at a time. Raises UserError if the data differ from those of the
+    records and, at the end, if runs failed."""
     waiting = [run for run in runs if not (out / "records" / run.name).exists()]
     if waiting:
         check_data(base.data, out)
     work, under_way, failed = Path("runs") / out.name, {}, []
+    for run in waiting:  # train.py itself allows another batch size
+        folder = work / run.name
+        if (folder / "config.json").exists() and (different := different_setting(run, folder, base)):
+            raise UserError(f"{folder} was begun with {different}: give the same options again, or another --out")
     threads = os.environ.get("TF_NUM_INTRAOP_THREADS") or max(1, cores() // jobs)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already; logs in {work}/", flush=True)
@@ -108,11 +113,11 @@ def run_all(runs, out, base, jobs):
         for process in under_way.values():
             process.wait()
     if failed:
-        raise UserError(f"{len(failed)} runs failed; the ends of these logs say why: {', '.join(failed)}")
+        raise UserError(f"{len(failed)} runs failed; read why at the end of these logs: {', '.join(failed)}")
 
 
 def check_data(path, out):
-    """Raise UserError if the data file is none, or does not hold the images and masks of the records, if there are."""
+    """Raise UserError if `path` is not a data file, or if its images and masks differ from those of the records."""
     if path == "auto":
         return
     with Dataset(path) as dataset:
@@ -121,7 +126,7 @@ def check_data(path, out):
 
 
 def print_run(run, out):
-    """One line a person can follow."""
+    """Print the result of a run in one line."""
     last = read_csv(out / "records" / run.name / "history.csv")[-1]
     print(f"{run.name}: {last['annotations']} annotations, Dice {float(last['dice']):.4f}", flush=True)
 
@@ -140,10 +145,10 @@ def as_text(value):
 
 
 def report(out):
-    """table.csv, table.md, results.json and the figures, from all records."""
+    """Write table.csv, table.md, results.json and the figures from all records. Raises UserError if there are none."""
     found = read_records(out)
     if not found:
-        raise UserError(f"{out}: no finished run in its records/; leave out --report to do the runs")
+        raise UserError(f"{out}: no finished run in records/; leave out --report to do the runs")
     rows = experiment.summarise(found)
     header = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[as_text(row.get(name)) for name in header] for row in rows]
@@ -159,11 +164,11 @@ def report(out):
         partial.write_text(json.dumps({"table": rows, "runs": runs}, indent=1) + "\n")
     draw(found, out / "figures")
     print((out / "table.md").read_text())
-    print(f"{out}/table.md, table.csv, results.json and figures/ hold the report")
+    print(f"the report is in {out}: table.md, table.csv, results.json and figures/")
 
 
 def draw(found, folder):
-    """All figures of the records, of `read_records`."""
+    """Draw all figures. found: the records, as from `read_records`."""
     figures.figure_curves(experiment.curves(found), folder / "dice.png")
     figures.figure_differences(experiment.differences(found), folder / "difference.png")
     figures.figure_saved(experiment.saved(found), folder / "saved.png")
@@ -180,24 +185,25 @@ def draw(found, folder):
         figures.figure_regions(regions, folder / f"regions_{regime}.png")
 
 
+@outlasting_output()
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="records, tables and figures")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to so many (default 5)")
-    parser.add_argument("--regimes", default=",".join(REGIMES), help="which (default all: %(default)s)")
-    parser.add_argument("--arms", default=",".join(ARMS), help="which (default all: %(default)s)")
-    parser.add_argument("--only", metavar="ARM,SEED", help="this run alone, in each of --regimes; no report")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for records, tables and figures")
+    parser.add_argument("--seeds", type=int, default=5, help="do seeds 1 to this number (default 5)")
+    parser.add_argument("--regimes", default=",".join(REGIMES), help="regimes to run (default all: %(default)s)")
+    parser.add_argument("--arms", default=",".join(ARMS), help="arms to run (default all: %(default)s)")
+    parser.add_argument("--only", metavar="ARM,SEED", help="do only this run, in each of --regimes; no report")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, each on its share of the cores (default 1)"
+        "--jobs", type=int, default=1, help="runs at the same time, each on its share of the cores (default 1)"
     )
-    parser.add_argument("--report", action="store_true", help="do no runs, report what is finished")
+    parser.add_argument("--report", action="store_true", help="do no runs; report the finished ones")
     args, rest = parser.parse_known_args()
     for option in rest:
         if option.partition("=")[0] in ("--run", "--seed", "--force"):
-            raise UserError(f"{option}: each run has its own; leave it out (--out and --seeds are for all)")
+            raise UserError(f"{option}: each run has its own; leave it out, and use --out and --seeds")
     base, regimes = read_config(rest), args.regimes.split(",")
     arms, seeds = args.arms.split(","), range(1, args.seeds + 1)
     if args.only:
@@ -209,13 +215,13 @@ def main():
     if not seeds or args.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1; --only takes ARM,SEED, for instance ceal,3")
     if args.report and args.only:
-        raise UserError("--report is of all runs, --only one run without a report: leave one of them out")
+        raise UserError("--report and --only cannot be combined, because --only makes no report; leave one of them out")
     if not base.iterations:
-        raise UserError("--iterations 0: arms do not differ before the first iteration; give more")
+        raise UserError("--iterations 0: arms do not differ before the first iteration; give at least 1")
     if base.test < 2 or base.validation or base.oracle != "simulated":
         raise UserError(
-            "--test 0 or 1, --validation and --oracle folder: arms are compared on test images, and nobody is asked; "
-            "leave them out"
+            "--test 0 or 1, --validation and --oracle folder do not work here, because arms are compared on test "
+            "images and use the masks of the data file; leave them out"
         )
     check_records(args.out, base)
     if not args.report:

@@ -1,11 +1,13 @@
-"""What a run writes and reads back: its settings, iteration folders, csv files, lock and provenance.
+"""What a run writes to its folder and reads back: settings, iteration folders, csv files, lock and provenance.
 
 Nothing here knows how a network is trained.
 """
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -15,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -22,11 +25,24 @@ from pathlib import Path
 import numpy as np
 
 from figures import GROUPS, figure_history
-from utils import UserError, cores, naming, read_csv, whole_file, write_csv
+from utils import (
+    NOT_SUPPORTED,
+    STOPS,
+    UserError,
+    cores,
+    discard_if_broken,
+    naming,
+    on_terminal,
+    print_warning,
+    read_csv,
+    whole_file,
+    write_csv,
+)
 
 METRICS = ["dice", "jaccard", "sensitivity", "specificity", "accuracy", "threshold_jaccard"]
 HISTORY = ["iteration", "annotations", "pseudo_labels", *METRICS, "seconds_scoring", "seconds_training"]
-INITIAL = "initial"  # the group of the images that are asked for before the first training
+INITIAL = "initial"  # the group of the images annotated before the first training
+CHECKPOINT = ".training.weights.h5"  # of an unfinished training
 PACKAGES = ["keras", "numpy", "scipy", "scikit-image", "pillow", "h5py", "matplotlib"]
 
 
@@ -34,31 +50,48 @@ PACKAGES = ["keras", "numpy", "scipy", "scikit-image", "pillow", "h5py", "matplo
 
 
 def begin(config, dataset, run, tensorflow):
-    """Write config.json and environment.json, or, if an earlier start did, check that the data are the same.
+    """Write config.json and environment.json. If an earlier start wrote them, check that the data are the same, and
+    store another batch size.
 
-    tensorflow: a dict, what is to be known about it in environment.json. Raises UserError for other data."""
+    tensorflow: a dict that is added to environment.json. Raises UserError for other data or a damaged file."""
     fingerprint, path = dataset.fingerprint(), run / "environment.json"
     if (run / "config.json").exists():
         try:
             stored = json.loads(path.read_text())["data_fingerprint"]
         except (OSError, KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: not as train.py wrote it ({error}); put it back, or give another --run")
+            raise UserError(f"{path}: not as train.py wrote it ({error}); restore it, or give another --run")
         if stored != fingerprint:
             raise UserError(
-                f"{dataset.path} does not hold the images and masks that {run} was begun with; put them back, or give "
+                f"{dataset.path} does not hold the images and masks that {run} was started with; restore them, or give "
                 "another --run"
             )
+        change_batch_size(config, run)
         return
-    for name, content in (
-        ("environment", {**environment(tensorflow), "data_fingerprint": fingerprint}),
-        ("config", dataclasses.asdict(config)),
-    ):
-        with whole_file(run / f"{name}.json") as partial:
-            partial.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(run / "environment.json", {**environment(tensorflow), "data_fingerprint": fingerprint})
+    write_json(run / "config.json", dataclasses.asdict(config))
+
+
+def write_json(path, content):
+    """Write a JSON file, completely or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def change_batch_size(config, run):
+    """If config.json has another batch size, store the new one and drop the unfinished training."""
+    stored = json.loads((run / "config.json").read_text())
+    if stored["batch_size"] != config.batch_size:
+        (run / CHECKPOINT).unlink(missing_ok=True)
+        write_json(run / "config.json", {**stored, "batch_size": config.batch_size})
+        print(
+            f"from now on --batch-size {config.batch_size}, not {stored['batch_size']}: an unfinished training starts "
+            "again, and the results will differ from those of a run with one batch size",
+            flush=True,
+        )
 
 
 def environment(tensorflow):
-    """What this process runs on: versions, git commit, processor, devices, command line, a dict."""
+    """The versions, git commit, processor, devices and command line of this process, a dict."""
     return {
         "command": sys.argv,
         "date": time.strftime("%Y-%m-%d"),
@@ -74,7 +107,7 @@ def environment(tensorflow):
 
 
 def git_commit():
-    """The commit of these scripts, with `-dirty` if one of them was changed since; None where there is no git."""
+    """The commit of these scripts, with `-dirty` if one of them has changed since; None without git."""
 
     def git(*arguments):
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -98,7 +131,7 @@ def processor():
 
 
 def only_ours(run):
-    """Whether the folder holds nothing but what is left of a start that was killed before it wrote config.json."""
+    """Whether the folder holds only files of a start that was killed before it wrote config.json."""
     return all(path.name in ("synthetic.h5", "environment.json") or path.name.startswith(".") for path in run.iterdir())
 
 
@@ -106,37 +139,36 @@ def only_ours(run):
 
 
 def write_queries(ids, groups, folder):
-    """queries.csv. groups: a dict of group to positions in `ids`."""
+    """Write queries.csv. groups: a dict of group to positions in `ids`."""
     rows = [(ids[position], group) for group, positions in groups.items() for position in positions]
     write_csv(folder / "queries.csv", ["id", "group"], rows)
 
 
 def read_queries(folder, iteration, dataset):
-    """What `write_queries` wrote: a dict of group to positions in the data set. Before the first training there may be
-    no such file. Raises KeyError, ValueError or OSError if it is damaged."""
+    """Read queries.csv: a dict of group to positions in the data set. The file may be missing before the first
+    training. Raises KeyError, ValueError or OSError if it is damaged."""
     positions, groups = {id: position for position, id in enumerate(dataset.ids)}, {}
     if iteration == 0 and not (folder / "queries.csv").exists():
         return groups
     for row in read_csv(folder / "queries.csv"):
         if row["group"] not in (INITIAL, *GROUPS):
-            raise ValueError(f"{row['group']} is no group of queries.csv")
+            raise ValueError(f"unknown group {row['group']}")
         groups.setdefault(row["group"], []).append(positions[row["id"]])
     return groups
 
 
 def forget_selections(config, run, finished):
-    """Remove all selections but that of the next iteration, `finished` being the number of finished ones.
+    """Delete all selections except that of the next iteration. finished: the number of finished iterations.
 
-    The folders of finished iterations hold a copy of theirs; a later one is left over from iterations that are done
-    anew. Selections that a person was asked about stay, because an answer may come late."""
+    Finished iterations have a copy of theirs. Later selections remain from iterations that are now repeated.
+    With a person as the oracle all selections are kept, because answers may come late."""
     for selection in run.glob(".queries_*") if config.oracle == "simulated" else ():
         if selection.name != f".queries_{finished:02d}":
             shutil.rmtree(selection, ignore_errors=True)
 
 
 def read_last_selection(run, iterations):
-    """The last of so many iterations that was scored: (scores, dice, groups) as figures.figure_scores takes them; None
-    if none was."""
+    """The last scored one of this number of iterations: (scores, dice, groups) for figures.figure_scores, or None."""
     folders = [run / f"iteration_{k:02d}" for k in range(iterations)]
     scored = [folder for folder in folders if (folder / "scores.csv").exists()]
     if not scored:
@@ -151,15 +183,16 @@ def read_last_selection(run, iterations):
 
 
 def write_history(history, run):
-    """history.csv and, if there are test images, its figure."""
+    """Write history.csv and, if there are test images, dice.png."""
     write_csv(run / "history.csv", HISTORY, [row.values() for row in history])
     if history[-1]["dice"]:
         figure_history(history, run / "dice.png")
 
 
 def read_record(record, iteration):
-    """The (scores, Dice) of each chunk of this iteration in a file of `Trainer.score`, up to where it breaks off; the
-    file is cut there, and emptied if it is of another iteration."""
+    """Read the record of `Trainer.score`: a list of [scores, Dice], one per finished chunk of this iteration.
+
+    The file is cut after the last complete chunk, and emptied if it belongs to another iteration."""
     chunks, end = [], 0
     if record is None or not record.exists():
         return chunks
@@ -177,25 +210,29 @@ def read_record(record, iteration):
     return chunks
 
 
-# ------------------------------------------------------------------------------------ one process a run, stopped safely
+# ---------------------------------------------------------------------------------- one process per run, stopped safely
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold the folder, made if need be, for this process alone, on a shared disk too; one left empty is removed.
+    """Lock the folder for this process, also on a shared disk. It is created if missing, and removed if left empty.
 
-    The system's lock, which dies with its process on whatever host, so none is ever left behind. Raises UserError if
-    another process holds it."""
+    The lock is the operating system's and ends with its process on any host, so it never has to be removed by hand.
+    Raises UserError if another process holds it. Warns if the disk has no locks."""
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+b", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().decode() or "another process"
-            raise UserError(f"{folder} is in use by {holder}: wait for it, or stop it")
+        except OSError as error:
+            if error.errno == errno.EAGAIN or (error.errno == errno.EACCES and has_locks(folder)):
+                file.seek(0)
+                holder = file.read().decode() or "another process"
+                raise UserError(f"{folder} is in use by {holder}; wait until it ends, or stop it")
+            if error.errno not in {errno.EACCES, errno.ENOLCK, errno.EIO, *NOT_SUPPORTED}:
+                raise
+            warn_of_no_locks(folder, os.strerror(error.errno))
         holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         try:
             with naming(file.name):
@@ -205,32 +242,132 @@ def locked(folder):
         finally:
             if folder.exists() and [path.name for path in folder.iterdir()] == [".lock"]:
                 (folder / ".lock").unlink()
-                with contextlib.suppress(OSError):  # another run may be in a parent by now
+                with contextlib.suppress(OSError):  # a parent may hold another run by now
                     for path in made:
                         path.rmdir()
 
 
+def has_locks(folder):
+    """Whether a new file in this folder can be locked. EACCES means a lock of another process on some disks, and no
+    locks at all on others."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+@functools.cache  # once for each folder
+def warn_of_no_locks(folder, reason):
+    """Warn that a second process in this folder cannot be noticed."""
+    print_warning(f"{folder}: its disk has no locks ({reason}); start this run only once at a time")
+
+
+class Outlasting:
+    """A stream whose output is dropped if nothing reads it any more: a closed pipe, or a terminal that is gone."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def _try(self, call, *arguments):
+        try:
+            return call(*arguments)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            discard_if_broken(self._stream)
+
+    def write(self, text):
+        """Like `write` of the stream."""
+        return self._try(self._stream.write, text)
+
+    def flush(self):
+        """Like `flush` of the stream."""
+        return self._try(self._stream.flush)
+
+    def close(self):
+        """Do nothing: the stream belongs to the process. TensorFlow's log closes the one that it was given."""
+
+
 @contextlib.contextmanager
-def stopped_at_once(advise):
-    """At Ctrl-C or SIGTERM print what `advise()` returns and end this process at once, exit code 130 or 143, even in
-    the middle of a long computation: for a program that loses nothing by it."""
-    readable, writable = os.pipe()
-    os.set_blocking(writable, False)
-
-    def watch():
-        if number := os.read(readable, 1):
-            restore_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-            print(f"{restore_cursor}\nstopped; {advise()}", file=sys.stderr, flush=True)
-            os._exit(128 + number[0])
-
-    # Python runs handlers in the main thread alone, which may be busy for minutes; the pipe is written to at once.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True).start()
+def outlasting_output():
+    """Go on if nothing reads the output any more, as after `| head`. Its rest is dropped."""
+    kept = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and Outlasting(stream) for stream in kept)
     try:
         yield
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
     finally:
-        signal.set_wakeup_fd(-1)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(writable)
+        sys.stdout, sys.stderr = kept
+
+
+@contextlib.contextmanager
+def own_temporary_folder():
+    """Yield a new folder for the temporary files of this process, which is removed at the end. TensorFlow and the
+    compilers that it starts leave files if they are stopped."""
+    before, folder = os.environ.get("TMPDIR"), tempfile.mkdtemp(prefix="ceal-")
+    os.environ["TMPDIR"], kept, tempfile.tempdir = folder, tempfile.tempdir, folder
+    try:
+        yield folder
+    finally:
+        tempfile.tempdir = kept
+        os.environ.pop("TMPDIR")
+        if before is not None:
+            os.environ["TMPDIR"] = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def in_notebook():
+    """Whether IPython runs this program."""
+    return "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
+
+
+@contextlib.contextmanager
+def stopped_at_once(advise):
+    """On Ctrl-C or one of STOPS, print what `advise()` returns and end this process at once, even in the middle of a
+    long computation, with exit code 128 + the signal's number. Only for a program that loses nothing when it is killed.
+    After `nohup`, SIGHUP stays ignored. A notebook's process is not ended: there Ctrl-C raises KeyboardInterrupt."""
+    if in_notebook() or threading.current_thread() is not threading.main_thread():
+        try:
+            yield
+        except KeyboardInterrupt:
+            print(advise(), file=sys.stderr)
+            raise
+        return
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    with own_temporary_folder() as folder:
+
+        def watch():
+            if number := os.read(readable, 1):
+                restore_cursor = "\x1b[?25h" if on_terminal() else ""
+                with contextlib.suppress(OSError):
+                    print(f"{restore_cursor}\nstopped; {advise()}", file=sys.stderr, flush=True)
+                leave_nothing(folder)
+                os._exit(128 + number[0])
+
+        numbers = [n for n in (signal.SIGINT, *STOPS) if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        # Python runs handlers only in the main thread, which may be busy for minutes, but writes to this pipe at once.
+        before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        wakeup = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.close(writable)
+
+
+def leave_nothing(folder):
+    """Remove this temporary folder, and the one that matplotlib makes if it may not write to the home directory."""
+    shutil.rmtree(folder, ignore_errors=True)
+    cache = Path(os.environ.get("MPLCONFIGDIR", ""))
+    if cache.name.startswith("matplotlib-") and cache.parent == Path(folder).parent:
+        shutil.rmtree(cache, ignore_errors=True)

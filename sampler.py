@@ -1,6 +1,7 @@
 """Monte Carlo dropout: T stochastic predictions of each image, their mean and their uncertainty map [P, section 2].
 
-The fast sampler runs what does not depend on dropout once an image; the plain one works for any network with dropout.
+The fast sampler computes once per image what does not depend on dropout. The plain one works for any network with
+dropout. Nothing here trains a network or computes scores.
 """
 
 import functools
@@ -9,29 +10,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unet import build_unet, halves, keras, layers, share_out, tf, unet_settings
+from unet import build_unet, halves, kept_units, keras, layers, share_out, tf, unet_settings
 
 
 class Measure(NamedTuple):
-    """What an uncertainty map holds: a value per pass, averaged over the passes, then a function of the average."""
+    """A measure of uncertainty: a value for each pass, averaged over the passes, and a function of the average."""
 
     of_pass: object  # (prediction, mean before this pass, mean after it) -> float32 (N, H, W); None: not needed
     of_all: object  # (mean of the predictions, average of `of_pass`) -> the uncertainty map, float32 (N, H, W)
 
 
 def entropy(probability):
-    """Entropy of a yes or no with this probability, in nats."""
+    """Entropy of a binary outcome with this probability, in nats."""
     return -tf.math.xlogy(probability, probability) - tf.math.xlog1py(1.0 - probability, -probability)
 
 
 def mutual_information(mean, mean_entropy):
-    """Of prediction and dropout, in nats; below 0 by rounding alone."""
+    """Mutual information of prediction and dropout, in nats; rounding errors below 0 become 0."""
     return tf.maximum(entropy(mean) - mean_entropy, 0.0)
 
 
 # The choices of --uncertainty.
 MEASURES = {
-    # By Welford's update: the passes need not be kept, and a small variance does not cancel away.
+    # Welford's update: the passes are not stored, and a small variance is not lost to rounding.
     "variance": Measure(lambda pred, before, after: (pred - before) * (pred - after), lambda mean, average: average),
     "entropy": Measure(None, lambda mean, average: entropy(mean)),
     "bald": Measure(lambda pred, before, after: entropy(pred), mutual_information),
@@ -39,16 +40,15 @@ MEASURES = {
 
 
 def mc_dropout(model, images, passes, seed, keys=None, batch_size=16, mean=0.0, std=1.0, measure="variance"):
-    """Mean and uncertainty map of `passes` stochastic predictions (the paper's section 2, its Fig. 1).
+    """Mean and uncertainty map of `passes` stochastic predictions of each image (the paper's section 2 and Fig. 1).
 
-    images: uint8 or float32 (N, H, W, C); the network sees (images - mean) / std, mean and std being a float per
-    channel or one for all. Returns (mean, uncertainty), float32 (N, H, W) each. measure: what a pixel's uncertainty
-    is, the `variance` of its predictions, the population's, as in the paper; the `entropy` of their mean, in nats; or
-    `bald`, the mutual information of prediction and dropout: that entropy less the predictions' mean entropy. A pass
-    of an image draws its dropout mask from (seed, the image's key, the number of the pass) alone, so neither the
-    batch size, nor the order, nor the other images, nor the number of devices matter. keys: an int per image that
-    names it, say its position in the data set; without them its pixels do. Each device gets `batch_size` images at
-    a time.
+    images: uint8 or float32 (N, H, W, C). The network's input is (images - mean) / std; mean and std are one float or
+    one per channel. Returns (mean, uncertainty), float32 (N, H, W) each. Raises ValueError if passes is below 1.
+    measure: `variance`, the population variance of a pixel's predictions, as in the paper; `entropy`, the entropy of
+    their mean, in nats; or `bald`, the mutual information of prediction and dropout, which is that entropy minus the
+    mean entropy of the predictions. keys: an int per image that identifies it, such as its position in the data set;
+    without keys its pixels do. The dropout mask of a pass depends only on (seed, the image's key, the number of the
+    pass), not on batch size, order, other images or the number of devices. batch_size: images per device at a time.
     """
     if passes < 1:
         raise ValueError(f"passes must be at least 1, not {passes}")
@@ -64,14 +64,14 @@ def mc_dropout(model, images, passes, seed, keys=None, batch_size=16, mean=0.0, 
 
 
 def _on_all_devices(model, images, image_seeds, constants, measure):
-    """(mean, uncertainty) of one step's images, shared out among the devices of the model's strategy."""
+    """(mean, uncertainty) of these images, which are split among the devices of the model's strategy."""
     strategy, sample = model.distribute_strategy, _sampler(model, images.dtype, measure)
     maps = sample(*share_out(strategy, images, image_seeds), *map(tf.constant, constants))
     return [np.concatenate(strategy.experimental_local_results(kind)) for kind in maps]
 
 
 def _image_seeds(names, seed):
-    """An int64 for each name, an image's pixels or key, and the seed."""
+    """An int64 for each image, from the seed and the image's name, which is its pixels or its key."""
     salt = int(seed).to_bytes(8, "little", signed=True)
     return np.frombuffer(b"".join(blake2b(name.tobytes(), digest_size=8, salt=salt).digest() for name in names), "<i8")
 
@@ -103,7 +103,7 @@ def _sampler(model, dtype, measure):
 
 
 def _is_build_unet(model):
-    """Whether the network is exactly one of `build_unet`, so that its passes may be rearranged."""
+    """Whether `build_unet` makes exactly this network, so that its passes may be rearranged."""
     try:
         return model.get_config() == build_unet(**unet_settings(model)).get_config()
     except (ValueError, AttributeError):  # other layers, another size
@@ -111,18 +111,13 @@ def _is_build_unet(model):
 
 
 def _dropout_masks(shape, rate, image_seeds, number):
-    """bool (N, *shape): what pass `number` keeps of each image."""
+    """The units of each image that pass `number` keeps, bool (N, *shape)."""
     seeds = tf.stack([image_seeds, tf.fill(tf.shape(image_seeds), number)], 1)
-
-    def kept(seed):
-        # An algorithm by name: the default differs between devices.
-        return tf.random.stateless_uniform(shape, seed, alg="philox") >= rate
-
-    return tf.map_fn(kept, seeds, fn_output_signature=tf.bool)
+    return tf.map_fn(lambda seed: kept_units(shape, rate, seed), seeds, fn_output_signature=tf.bool)
 
 
 class _KnownDropout(layers.Dropout):
-    """Dropout in a pass of `_whole_network_passes`, which sets what the masks depend on."""
+    """Dropout for `_whole_network_passes`, which sets the seeds and the number of the pass."""
 
     image_seeds = number = None
 
@@ -132,7 +127,7 @@ class _KnownDropout(layers.Dropout):
 
 
 def _whole_network_passes(model):
-    """The plain way, for any network with dropout: each pass runs all of it. See `_sampler`."""
+    """The plain sampler, for any network with dropout: each pass runs the whole network. See `_sampler`."""
 
     def swap(layer):
         return _KnownDropout(layer.rate, dtype=layer.dtype_policy) if isinstance(layer, layers.Dropout) else layer
@@ -152,8 +147,8 @@ def _whole_network_passes(model):
 
 
 def _decoder_passes(model):
-    """The fast way, for `build_unet`: the same passes, by its `halves`; the encoder runs once per image, for all that
-    is random comes after it. See `_sampler`."""
+    """The fast sampler, for `build_unet`: the same passes, by its `halves`. The encoder runs once per image, because
+    dropout comes after it. See `_sampler`."""
     dropout, (encode, decode) = model.get_layer("dropout"), halves(model)
 
     def prepare(images, image_seeds):

@@ -30,12 +30,12 @@ def power(scores, rng, config):
     scores = np.asarray(scores, np.float64)
     if not len(scores):
         return {"random": np.array([], int)}
-    weights = np.maximum(scores, 1e-12 * scores.max() or 1)  # equal weights if all scores are 0
+    weights = np.maximum(scores, (1e-12 * scores.max()) or 1)  # equal weights if all scores are 0
     count = min(config.asked, len(scores))
     return {"random": rng.choice(len(scores), count, replace=False, p=weights / weights.sum())}
 
 
-def none(scores, rng, config):
+def no_queries(scores, rng, config):
     """No images: training goes on with the initial labels."""
     return {"random": np.array([], int)}
 
@@ -49,5 +49,5 @@ STRATEGIES = {
     "paper": Strategy(paper),
     "uniform": Strategy(uniform, scored=False),
     "power": Strategy(power),
-    "none": Strategy(none, scored=False),
+    "none": Strategy(no_queries, scored=False),
 }

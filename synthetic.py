@@ -1,9 +1,9 @@
-"""Synthetic dermoscopy images with exact masks, for the demo and the tests."""
+"""Draws synthetic dermoscopy images with exact masks, for the demo and the tests. Nothing here knows files."""
 
 import numpy as np
 from scipy import fft, ndimage
 
-# Light falls as exp(-density * absorbance) through a pigment, so one density range suits every skin tone.
+# Pigment reduces light by exp(-density * absorbance), so that one range of densities suits every skin tone.
 BROWN = np.array([0.50, 0.95, 1.20], "f4")
 BLACK, BLUE, RED, PALE = np.array([[1.7, 1.8, 1.9], [1.3, 1.0, 0.7], [0.2, 0.9, 0.8], [0.1, 0.3, 0.3]], "f4")
 LIGHT_SKIN, DARK_SKIN, HAIR = np.array([[238, 200, 186], [112, 74, 60], [60, 42, 35]], "f4")
@@ -12,7 +12,7 @@ FAINT_SHARE = 0.13
 
 
 def smooth_noise(rng, height, width, decay):
-    """Noise of mean 0 and deviation 1 whose amplitude falls as frequency ** -decay."""
+    """Noise (height, width) of mean 0 and deviation 1, with an amplitude proportional to frequency ** -decay."""
     frequency = min(height, width) * np.hypot(fft.fftfreq(height)[:, None], fft.rfftfreq(width))
     amplitude = (np.maximum(frequency, 1.0) ** -decay * (frequency > 0)).astype("f4")
     noise = fft.irfft2(fft.rfft2(rng.standard_normal((height, width), "f4")) * amplitude, (height, width))
@@ -30,26 +30,26 @@ def draw_mask(rng, y, x, hidden):
     angles, order = np.linspace(-np.pi, np.pi, 256), np.arange(2, 9)[:, None]
     phase, weight = rng.uniform(0, 2 * np.pi, (7, 1)), rng.normal(0, rng.uniform(0.1, 0.55), (7, 1))
     outline = (weight / order**1.3 * np.cos(order * angles + phase)).sum(0)
-    if rng.random() < 0.2:  # a notch, as where a lesion regresses
+    if rng.random() < 0.2:  # a notch, as in a regressing lesion
         outline -= rng.uniform(0.3, 0.7) * np.exp(-(((angles - rng.uniform(-2, 2)) / 0.25) ** 2))
-    # In log radius the outline and its roughness keep their shape at any lesion size.
+    # In log radius the shape of the outline and its roughness do not depend on the lesion's size.
     level = np.log(np.hypot(y - cy, x - cx) + 1e-3) - np.interp(np.arctan2(y - cy, x - cx), angles, outline)
     level += rng.uniform(0.02, 0.1) * smooth_noise(rng, *y.shape, 1.4)
     level[hidden] = np.inf
     parts, _ = ndimage.label(level <= np.quantile(level, 0.012 + 0.58 * rng.beta(1.0, 2.5)))
-    # Roughness may detach islets or open pinholes; annotators outline a single region.
+    # Roughness may leave separate parts and holes, but annotators outline a single region.
     return ndimage.binary_fill_holes(parts == np.bincount(parts.ravel())[1:].argmax() + 1) & ~hidden
 
 
 def pigment(rng, mask):
-    """Optical density (height, width, 3) of a variegated lesion, from almost invisible to nearly black."""
+    """Optical density (height, width, 3) of a lesion of several colours, from almost invisible to nearly black."""
     density = rng.uniform(0.02, 0.05) if rng.random() < FAINT_SHARE else 0.08 + 1.5 * rng.beta(1.2, 2.0)
     hue = BROWN * rng.uniform(0.85, 1.15, 3).astype("f4")
     for patch in rng.choice([BLACK, BLUE, RED, PALE], rng.integers(0, 4), p=[0.4, 0.2, 0.2, 0.2]):
         extent = 1 / (1 + np.exp(4 * (rng.uniform(0, 1) - smooth_noise(rng, *mask.shape, 1.9))))
         hue = hue + rng.uniform(0.4, 0.9) * extent[..., None] * (patch - hue)
     texture = np.exp(rng.uniform(0.1, 0.35) * smooth_noise(rng, *mask.shape, rng.uniform(0.9, 1.6)))
-    # Only the look is softened: the mask stays the sharp outline that the pigment fades around.
+    # Only the image is softened. The mask keeps the sharp outline, around which the pigment fades.
     edge = ndimage.gaussian_filter(mask.astype("f4"), min(mask.shape) * rng.choice([0.006, 0.01, 0.025]))
     return (density * texture * edge)[..., None] * hue
 
@@ -69,7 +69,7 @@ def draw_hairs(rng, height, width):
 
 
 def draw_ruler(rng, image):
-    """Darkens tick marks along one edge of the image, in place."""
+    """Draw the dark tick marks of a ruler along one edge of the image, in place."""
     side, short = np.rot90(image, rng.integers(4)), min(image.shape[:2])
     thickness, margin = max(1, round(0.006 * short)), int(rng.uniform(0, 0.04) * short)
     for tick, at in enumerate(np.arange(0, side.shape[1], rng.uniform(0.035, 0.07) * short).astype(int)):
@@ -78,7 +78,7 @@ def draw_ruler(rng, image):
 
 
 def draw_lesion(rng, height, width):
-    """One dermoscopy-like image, uint8 (height, width, 3), with its exact mask, uint8 0/1 (height, width)."""
+    """Draw a dermoscopy-like image, uint8 (height, width, 3), and its exact mask, uint8 0/1 (height, width)."""
     y, x = np.indices((height, width), "f4") / min(height, width)
     y, x = y - y.mean(), x - x.mean()
     field, sticker = np.ones_like(y), np.zeros_like(y)

@@ -29,6 +29,7 @@ from run_folder import (
     forget_selections,
     locked,
     only_ours,
+    outlasting_output,
     read_last_selection,
     read_queries,
     stopped_at_once,
@@ -37,6 +38,8 @@ from run_folder import (
 )
 from strategies import STRATEGIES
 from utils import UserError, derived_seed, read_csv, run_command, segmentation_metrics, whole_folder, write_csv
+
+UNASKED = np.array([], int)  # for oracle.answers: only answers that came late
 
 # ------------------------------------------------------------------------------------------------------------- the loop
 
@@ -50,23 +53,17 @@ def run_loop(trainer, parts, run, oracle):
     has_mask = dataset.has_mask[parts.initial]
     labelled, to_ask = parts.initial[has_mask], parts.initial[~has_mask]
     pool = ceal.Pool(labelled, dataset.masks(labelled), np.concatenate([parts.pool, to_ask]), parts.test)
-    oracle.collect()
-    history = finished_iterations(run, dataset, pool, oracle)
-    if history:
-        last = run / f"iteration_{len(history) - 1:02d}" / "model.weights.h5"
-        trainer.load(last)
-        print(f"{len(history)} iterations are done already, up to {last.parent}", flush=True)
-        write_history(history, run)
-    forget_selections(config, run, len(history))
+    history = resume(trainer, pool, oracle, run)
     for iteration in range(len(history), config.iterations + 1):
         if iteration and config.asked and not len(pool.unlabelled):
-            print(f"the pool is empty: the run ends before iteration {iteration}")
+            print_empty_pool(oracle, iteration)
             break
         selection = run / f".queries_{iteration:02d}"
         if not selection.exists():
-            select(trainer, pool, oracle, to_ask, iteration, selection)
-        pseudo = ask(trainer, pool, oracle, iteration, selection)
+            select(trainer, pool, oracle, to_ask, iteration, selection)  # score -> query
+        pseudo = ask(trainer, pool, oracle, iteration, selection)  # the oracle's masks
         with whole_folder(run / f"iteration_{iteration:02d}") as folder:
+            # pseudo-label -> train -> evaluate
             history.append(run_iteration(trainer, pool, pseudo, iteration, selection, folder))
         for leftover in trainer.leftovers:
             leftover.unlink(missing_ok=True)
@@ -78,9 +75,23 @@ def run_loop(trainer, parts, run, oracle):
     return history
 
 
+def resume(trainer, pool, oracle, run):
+    """Collect new answers, and go on from the finished iterations: their annotations go to the ceal.Pool, the last
+    weights to the Trainer. Returns the rows of history.csv."""
+    oracle.collect()
+    history = finished_iterations(run, trainer.dataset, pool, oracle)
+    if history:
+        last = run / f"iteration_{len(history) - 1:02d}" / "model.weights.h5"
+        trainer.load(last)
+        print(f"{len(history)} iterations are done already, up to {last.parent}", flush=True)
+        write_history(history, run)
+    forget_selections(trainer.config, run, len(history))
+    return history
+
+
 def select(trainer, pool, oracle, to_ask, iteration, selection):
     """Select the images to annotate: `to_ask` before the first training, later as `query` does. The result is in the
-    folder `selection`, which appears whole, so that nothing is selected twice."""
+    folder `selection`, which appears complete or not at all, so that nothing is selected twice."""
     with whole_folder(selection) as folder:
         if iteration:
             query(trainer, pool, oracle, iteration, folder)
@@ -100,8 +111,8 @@ def query(trainer, pool, oracle, iteration, folder):
     scores, dice = trainer.score(pool, iteration, trainer.record) if scored else (np.zeros(len(candidates)), None)
     (folder / ".seconds").write_text(f"{time.monotonic() - started if scored else 0:.1f}")
 
-    early = oracle.answers(iteration, np.array([], int))
-    free = np.flatnonzero(~np.isin(candidates, [*early.positions, *early.rejected]))
+    answered = oracle.answers(iteration, UNASKED)
+    free = np.flatnonzero(~np.isin(candidates, [*answered.positions, *answered.rejected]))
     rng = np.random.default_rng(derived_seed(config.seed, iteration, "queries"))
     groups = STRATEGIES[config.query].select(scores[free], rng, config)
     queried = np.concatenate(list(groups.values()))
@@ -134,12 +145,15 @@ def ask(trainer, pool, oracle, iteration, selection):
 
 
 def annotate(pool, oracle, iteration, groups):
-    """Put the oracle's answers of an iteration into the ceal.Pool. groups: as `read_queries` returns them. Returns the
-    positions to pseudo-label, without those that have been answered in the meantime."""
+    """Put the oracle's answers of an iteration, corrections of earlier ones included, into the ceal.Pool. groups: as
+    `read_queries` returns them. Returns the positions to pseudo-label, without those answered in the meantime."""
     asked = [position for group, positions in groups.items() if group != "pseudo" for position in positions]
     answers = oracle.answers(iteration, np.array(asked, int))
-    pool.annotate(answers.positions, answers.masks)
-    pool.reject(answers.rejected)
+    in_pool = [*pool.unlabelled, *asked]
+    drawn, rejected = np.isin(answers.positions, in_pool), np.isin(answers.rejected, in_pool)
+    pool.annotate(answers.positions[drawn], answers.masks[drawn])
+    pool.reject(answers.rejected[rejected])
+    pool.correct(answers.positions[~drawn], answers.masks[~drawn], answers.rejected[~rejected])
     pseudo = np.array(groups.get("pseudo", []), int)
     return pseudo[np.isin(pseudo, pool.unlabelled)]
 
@@ -194,8 +208,8 @@ def finished_iterations(run, dataset, pool, oracle):
 # -------------------------------------------------------------------------------------------------- what a person sees
 
 
-def draw_examples(trainer, candidates, scores, dice, groups, iteration, path, each=2, steps=3):
-    """The paper's Fig. 1 for `each` images of every group: image, truth, the first `steps` passes, the mean of all
+def draw_examples(trainer, candidates, scores, dice, groups, iteration, path, each=2, shown=3):
+    """The paper's Fig. 1 for `each` images of every group: image, truth, the first `shown` passes, the mean of all
     passes and the uncertainty map."""
     examples = []
     for group, selected in groups.items():
@@ -203,7 +217,7 @@ def draw_examples(trainer, candidates, scores, dice, groups, iteration, path, ea
             continue
         mean, variance = trainer.uncertainty(candidates[at], iteration)
         # Sums of the first 0, 1, 2, ... passes: the difference of two is one pass.
-        sums = [0.0, *(n * trainer.uncertainty(candidates[at], iteration, passes=n)[0] for n in range(1, steps + 1))]
+        sums = [0.0, *(n * trainer.uncertainty(candidates[at], iteration, passes=n)[0] for n in range(1, shown + 1))]
         images, masks = (read(candidates[at]) for read in (trainer.dataset.images, trainer.dataset.masks))
         rated = ["no truth" if np.isnan(dice[n]) else f"Dice {dice[n]:.2f}" for n in at]
         ids = trainer.dataset.ids[candidates[at]]
@@ -249,7 +263,7 @@ def open_dataset(config):
         small = " --height 96 --width 128"
         size = {"quick": small, "best": f"{small} --channels 3"}.get(config.preset, "")
         raise UserError(
-            f"{path} is not there: download the training data and the Part 1 ground truth of ISIC 2017 from "
+            f"{path} does not exist: download the training data and the Part 1 ground truth of ISIC 2017 from "
             f"challenge.isic-archive.com/data/#2017, unpack them, and run `python data.py isic FOLDER {path}{size}`. "
             "To see the program run without a download: python train.py --preset demo"
         )
@@ -284,6 +298,14 @@ def plan_of_iteration(config):
     return f"{scored}ask for {config.asked} masks{how}, train {lengths} at {config.highest_rate(1):g}; {pseudo}"
 
 
+def print_empty_pool(oracle, iteration):
+    """Print that the run ends before this iteration."""
+    late = oracle.answers(iteration, UNASKED)
+    count = len(late.positions) + len(late.rejected)
+    unused = f"; {count} answers that came later are not used" if count else ""
+    print(f"the pool is empty: the run ends before iteration {iteration}{unused}")
+
+
 def print_iteration(row):
     """Print the result of an iteration in one line."""
     rated = f"Dice {float(row['dice']):.3f}, Jaccard {float(row['jaccard']):.3f}" if row["dice"] else "not measured"
@@ -305,6 +327,7 @@ def print_end(history, run):
     print(f"the run at a glance: {run}/overview.png")
 
 
+@outlasting_output()
 def main():
     """The command line."""
     config, switches = read_command_line(description=__doc__)
@@ -318,8 +341,8 @@ def main():
 
     with locked(run), stopped_at_once(advise):
         # Here, because TensorFlow takes seconds to import.
-        from trainer import Trainer, memory_errors, prepare
-        from unet import about_tensorflow
+        from trainer import Trainer, prepare
+        from unet import about_tensorflow, tensorflow_errors
 
         prepare(config)
         for leftover in run.glob(".partial-*"):
@@ -332,12 +355,13 @@ def main():
             begin(config, dataset, run, about_tensorflow())
             mean, std = normalisation(dataset, np.concatenate([parts.initial, parts.pool]))
             try:
-                with memory_errors(config):
+                with tensorflow_errors():
                     history = run_loop(Trainer(config, dataset, mean, std), parts, run, oracle)
             except Unanswered as waiting:
                 print(f"when more masks are there (or now, with --partial), {go_on}")
                 return 2 if waiting.invalid else 0
     print_end(history, run)
+    return 2 if oracle.refused else 0
 
 
 if __name__ == "__main__":

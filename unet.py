@@ -4,6 +4,7 @@ Nothing here reads data files or makes CEAL's decisions.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -12,13 +13,17 @@ import warnings
 import h5py
 import numpy as np
 
-from utils import LARGEST_SIDE, UserError, in_one_line, reserve, whole_file
+from utils import LARGEST_SIDE, UserError, in_one_line, open_hdf5, reserve, whole_file
 
 
 @contextlib.contextmanager
 def silent_stderr():
     """Discard all output to the process's stderr, also from C libraries. Exceptions are raised as usual."""
-    kept = os.dup(2)
+    try:
+        kept = os.dup(2)
+    except OSError:  # a service may have no stderr
+        yield
+        return
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
@@ -29,10 +34,23 @@ def silent_stderr():
 
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # set it to 0 to see, for example, why no GPU is found
+# The Keras settings of other projects must have no effect: those in the environment, and those in ~/.keras/keras.json,
+# which Keras does not find here.
+for name in [name for name in os.environ if name.startswith("KERAS_")]:
+    del os.environ[name]
+os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull}
 with silent_stderr():  # TensorFlow prints its first messages at any log level
     import keras
     import tensorflow as tf
     from keras import layers
+
+if keras.config.backend() != "tensorflow":
+    raise UserError(f"Keras is in use here with {keras.config.backend()}; restart Python and repeat the command")
+# For a notebook that has changed them.
+keras.config.set_floatx("float32")
+keras.config.set_epsilon(1e-7)
+keras.config.set_image_data_format("channels_last")
+keras.config.set_dtype_policy("float32")
 
 
 def about_tensorflow():
@@ -47,6 +65,33 @@ def print_devices():
     print(f"TensorFlow {tf.__version__} found {', '.join(names)}", flush=True)
 
 
+FREE_MEMORY = "end other programs that use memory (nvidia-smi lists those on a GPU), and give the same command again"
+GPU_LIBRARIES = "dnn", "blas", "cuda", "ptxas", "convolution algorithm", "no algorithm worked"  # in error messages
+ON_CPU = "or compute on the processor: put CUDA_VISIBLE_DEVICES=-1 before the command"
+
+
+@contextlib.contextmanager
+def tensorflow_errors(remedy=FREE_MEMORY):
+    """Turn TensorFlow's errors about memory and a GPU's libraries into a UserError. remedy: for lack of memory."""
+    try:
+        yield
+    except tf.errors.InvalidArgumentError:
+        raise
+    except (tf.errors.OpError, MemoryError) as error:
+        text, reason = str(error).lower(), in_one_line(error)
+        short = isinstance(error, (tf.errors.ResourceExhaustedError, MemoryError))
+        if short or "out of memory" in text or "failed to allocate" in text:
+            raise UserError(f"there is not enough memory; {remedy}")
+        if "libdevice" in text:
+            raise UserError(f"CUDA's libdevice is missing ({reason}); pip install 'tensorflow[and-cuda]', {ON_CPU}")
+        if any(part in text for part in GPU_LIBRARIES):
+            raise UserError(
+                f"the GPU's libraries failed ({reason}); end other programs on the GPU (nvidia-smi lists them), or "
+                f"install the libraries anew (pip install 'tensorflow[and-cuda]'), {ON_CPU}"
+            )
+        raise
+
+
 LARGEST_KERNEL = "layers/conv2d_9/vars/0"  # in a weights file: the kernel of bottleneck_b
 LEVELS = 4  # the number of times that the network halves its input
 # The choices of --precision. In half precision the layers compute in 16 bits; weights, loss and output stay float32.
@@ -56,19 +101,36 @@ PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mi
 # ---------------------------------------------------------------------------------------------------------- the network
 
 
+MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7}  # bits
+
+
+def kept_units(shape, rate, seed, dtype="float32"):
+    """The units that dropout keeps, a random bool tensor. seed: an int tensor (2,).
+
+    They equal `tf.random.stateless_uniform(shape, seed, dtype=dtype) >= rate` on a CPU without XLA, which uses Philox
+    and the lowest bits of its numbers. Written out, because XLA uses other bits and other devices other algorithms."""
+    bits = tf.random.stateless_uniform(shape, seed, None, None, tf.int32, alg="philox")
+    numbers = tf.bitwise.bitwise_and(bits, 2 ** MANTISSA[dtype] - 1)
+    return tf.cast(numbers, dtype) / 2 ** MANTISSA[dtype] >= tf.cast(rate, dtype)
+
+
 class Dropout(layers.Dropout):
-    """Dropout that draws one mask for the whole batch and gives each replica its rows, so that training on several
-    devices drops the same units as training on one."""
+    """Dropout with the same masks on every device, with and without XLA. It draws one mask for the whole batch and
+    gives each replica its rows, so that training on several devices drops the same units as training on one."""
 
     def call(self, inputs, training=False):
-        context = tf.distribute.get_replica_context()
-        if not training or context.num_replicas_in_sync == 1:
-            return super().call(inputs, training=training)
-        sizes = context.all_gather(tf.shape(inputs)[:1], axis=0)
-        first = tf.cumsum(sizes, exclusive=True)[context.replica_id_in_sync_group]
-        ones = tf.ones([tf.reduce_sum(sizes), *inputs.shape[1:]], inputs.dtype)
-        masks = keras.random.dropout(ones, self.rate, seed=self.seed_generator)
-        return inputs * masks[first : first + tf.shape(inputs)[0]]
+        if not training:
+            return inputs
+        seed = tf.cast(tf.math.floormod(self.seed_generator.next(), tf.int32.max - 1), tf.int32)  # as Keras does
+        context, shape = tf.distribute.get_replica_context(), tf.shape(inputs)
+        first, count = 0, shape[:1]
+        if context.num_replicas_in_sync > 1:
+            sizes = context.all_gather(count, axis=0)
+            first = tf.cumsum(sizes, exclusive=True)[context.replica_id_in_sync_group]
+            count = [tf.reduce_sum(sizes)]
+        kept = kept_units(tf.concat([count, shape[1:]], 0), self.rate, seed, inputs.dtype.name)
+        kept = tf.ensure_shape(kept[first : first + shape[0]], inputs.shape)
+        return tf.where(kept, inputs * tf.cast(1 / (1 - self.rate), inputs.dtype), tf.zeros([], inputs.dtype))
 
 
 def build_unet(height, width, channels=1, filters=32, dropout=0.5, precision="float32", initializer="GlorotUniform"):
@@ -243,26 +305,36 @@ def save_unet(model, path, mean, std, dtype="float32"):
 
 
 def _stored_in_half(layer):
-    """The same layer with float16 weights, if they are many; the few of the finest levels decide where contours lie."""
+    """The same layer, in float16 if it has many weights. The finest levels have few; they decide where contours lie."""
     many = layer.count_params() > 50_000
     return type(layer).from_config({**layer.get_config(), "dtype": "float16" if many else "float32"})
 
 
 def save_weights(model, path, **attributes):
-    """Write the weights, the optimizer's state if there is one, and these HDF5 attributes to `path` (*.weights.h5),
-    completely or not at all."""
+    """Write weights, optimizer's state (if any) and HDF5 attributes to `path` (*.weights.h5), all or nothing."""
     optimizer = getattr(model, "optimizer", None)  # a network that was not compiled has none
     variables = [*model.variables, *(optimizer.variables if optimizer else [])]
     with whole_file(path) as partial:
         reserve(partial, sum(4 * math.prod(variable.shape) + 4096 for variable in variables))
-        model.save_weights(partial)
-        with h5py.File(partial, "a") as file:
+        with without_locks():
+            model.save_weights(partial)
+        with h5py.File(partial, "a", locking=False) as file:
             file.attrs.update(attributes)
+
+
+@contextlib.contextmanager
+def without_locks():
+    """Let Keras open HDF5 files without locks, because some disks have none. Our files are only replaced as a whole."""
+    kept, h5py.File = h5py.File, functools.partial(h5py.File, locking=False)
+    try:
+        yield
+    finally:
+        h5py.File = kept
 
 
 def load_weights(model, path):
     """Like `model.load_weights`, but raises UserWarning if the file lacks something."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_locks():
         warnings.simplefilter("error", UserWarning)  # otherwise Keras continues without it
         model.load_weights(path)
 
@@ -272,7 +344,7 @@ def _checked_settings(path):
     `load_unet` catches, if they are impossible, before they can cause a large network to be built."""
     if not os.path.isfile(path) or not str(path).endswith(".weights.h5"):
         raise ValueError("Keras needs a file whose name ends in .weights.h5")
-    with h5py.File(path) as file:
+    with open_hdf5(path) as file:
         settings, kernel = json.loads(file.attrs["unet"]), file[LARGEST_KERNEL]
         stored = getattr(kernel, "dtype", None)
     sizes = [settings[name] for name in ("height", "width", "channels", "filters")]

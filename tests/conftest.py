@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def run_script(tmp_path):
-    """Run `python SCRIPT ARGUMENTS...` in an empty folder, as a user does; returns the CompletedProcess."""
+    """A function that runs `python SCRIPT ARGUMENTS...` in an empty folder and returns the CompletedProcess."""
 
     def run(script, *arguments):
         command = [sys.executable, ROOT / script, *map(str, arguments)]
@@ -24,7 +24,7 @@ def run_script(tmp_path):
 
 @pytest.fixture(scope="session")
 def unet_weights(tmp_path_factory):
-    """The path of a 48x64 network's weights that find a dark blob on a light ground; 1 channel, 8 filters."""
+    """The path of the weights of a 48x64 network, trained on dark discs; 1 channel, 8 filters."""
     from unet import build_unet, dice_loss, keras, save_unet
 
     keras.utils.set_random_seed(1)
@@ -38,7 +38,7 @@ def unet_weights(tmp_path_factory):
 
 
 def blobs(count, height, width, seed=0):
-    """Dark discs on a light ground: images float32 0..255 (N, H, W, 1) and masks float32 0/1 (N, H, W, 1)."""
+    """Dark discs on a light background: images float32 0..255 (N, H, W, 1) and masks float32 0/1 (N, H, W, 1)."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     centres = rng.uniform(0.3, 0.7, (count, 2)) * (height, width)
@@ -49,7 +49,7 @@ def blobs(count, height, width, seed=0):
 
 
 def write_blobs(path, count, height, width):
-    """A data file of these discs; an image's id tells its position: B_0000007 is at 7."""
+    """A data file of such discs. The id of an image gives its position: B_0000007 is at 7."""
     from data import Row, write_dataset
 
     images, masks = blobs(count, height, width, seed=3)
@@ -61,8 +61,8 @@ def write_blobs(path, count, height, width):
 
 @pytest.fixture
 def mount(tmp_path):
-    """A function (option, ...) that mounts an empty disk in memory and returns its folder; skips the test where that is
-    not allowed."""
+    """A function (option, ...) that mounts an empty disk in memory and returns its folder. The test is skipped if this
+    is not permitted."""
     folders = []
 
     def mount(*options):
@@ -72,7 +72,7 @@ def mount(tmp_path):
         try:
             subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
-            pytest.skip("mounting a disk takes rights that this process lacks")
+            pytest.skip("this process is not permitted to mount a disk")
         folders.append(folder)
         return folder
 
@@ -82,5 +82,5 @@ def mount(tmp_path):
 
 
 def remount(folder, *options):
-    """Give a disk of `mount` other options."""
+    """Change the options of a disk of `mount`."""
     subprocess.run(["mount", "-o", ",".join(["remount", *options]), folder], check=True)

@@ -1,7 +1,7 @@
-"""Every command and every option against wrong input: exit code 2, one sentence that names it, nothing written.
+"""Wrong input to every command and every option: exit code 2, one sentence that names it, nothing written.
 
-Pictures and weights have tables of their own (test_pictures.py, test_weights.py); data.py's folders are in
-test_data.py, the files of a run that goes on in test_faults.py."""
+Pictures and weights are in test_pictures.py and test_weights.py, data.py's folders in test_data.py, the files of an
+interrupted run in test_faults.py."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def template(tmp_path_factory, unet_weights):
 
 
 def write_bad_truths(folder, row):
-    """A folder of the name for each of TRUTHS."""
+    """Write a folder for each name in TRUTHS."""
     content = {
         "grey": row.image[..., 0],
         "truncated": row.mask * 255,
@@ -80,7 +80,7 @@ def write_bad_truths(folder, row):
 
 
 def spoil_data(folder, content):
-    """HDF5 files that are almost data files: bad_NAME.h5."""
+    """Write HDF5 files that are almost data files: bad_NAME.h5."""
 
     def without(name):
         return lambda file: file.__delitem__(name)
@@ -110,7 +110,7 @@ def spoil_data(folder, content):
 
 @pytest.fixture
 def work(template, tmp_path, monkeypatch):
-    """A copy of the template to work in, and a pipe that nobody writes to."""
+    """A copy of the template to work in, and a pipe that is never written to."""
     shutil.copytree(template, tmp_path, dirs_exist_ok=True)
     os.mkfifo(tmp_path / "pipe.h5")
     monkeypatch.chdir(tmp_path)
@@ -126,7 +126,7 @@ IMAGES = "nowhere.jpg", "folder", "good.png of_one", "empty.jpg", "text.jpg", "d
 
 
 def wrong_values(field):
-    """What a setting of train.py cannot be."""
+    """Values that a setting of train.py must reject."""
     least = field.metadata["minimum"]
     if field.metadata["choices"]:
         return ["nonsense", "''"]
@@ -207,13 +207,13 @@ CASES = [
     *(f"bench --data {name}" for name in ("nowhere.h5", "good.png", "good.h5", "bad_short.h5")),
     *(f"bench --data good.h5 --weights {name}.weights.h5" for name in ("nowhere", "empty", "nan")),
     *(f"bench --json {name}" for name in ("folder", "good.png/x.json")),
-    # predict.py as an instrument
+    # predict.py: thresholds and true masks
     *(f"{PREDICT} --threshold {value}" for value in ("0", "1", "-0.5", "1.5", "nan", "half")),
     f"{PREDICT} --try-thresholds",
     *(f"{PREDICT} --truth {name}" for name in ("nowhere", "good.png", "folder", "masks", *TRUTHS)),
     f"{PREDICT} --truth folder --tta yes",
 ]
-# What the sentence names, where it is not the last word.
+# What the sentence names, if it is not the last argument.
 NAMED = {
     f"{TRAIN} --no-such-option 1": "--no-such-option",
     f"{TRAIN} --run good.png/r": "good.png",
@@ -260,7 +260,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(case, work, monkeypatch, ca
     assert NAMED.get(case, arguments[-1] if arguments else "") in last
     assert sum("error: " in line for line in error.splitlines()) == 1
     after = everything(work)
-    masks = [path for path in after if path.relative_to(work).parts[0] == "masks"]  # of the images that are good
+    masks = [path for path in after if path.relative_to(work).parts[0] == "masks"]  # of the good images
     assert {path: what for path, what in after.items() if path not in masks} == before
     assert not [path for path in masks if "partial" in path.name]
 

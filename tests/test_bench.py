@@ -1,4 +1,4 @@
-"""bench.py: the table as a user gets it, and the count of multiplications by hand."""
+"""bench.py: the table as a user gets it, and the number of multiplications by hand."""
 
 import json
 
@@ -11,7 +11,7 @@ from unet import build_unet
 
 
 def test_the_table_is_printed_and_written(unet_weights, tmp_path, monkeypatch, capsys):
-    """Without the lines that start programs anew: they take a minute."""
+    """Without the rows that start other processes, because they take a minute."""
     write_blobs(tmp_path / "blobs.h5", 20, 48, 64)
     for name in "bench_pools", "bench_folders":
         monkeypatch.setattr(bench, name, lambda *_: [])
@@ -56,7 +56,7 @@ def test_peak_memory_is_the_scripts_own(tmp_path, monkeypatch):
     (tmp_path / "large.py").write_text("x = bytearray(300_000_000); x[::1000] = b'1' * 300_000")
     (tmp_path / "small.py").write_text("pass")
     (tmp_path / "wrong.py").write_text("raise SystemExit('no such thing')")
-    ballast = np.ones(30_000_000)  # of this process: not to be counted
+    ballast = np.ones(30_000_000)  # memory of this process, which must not count
     assert 300 < bench.peak_memory("large.py") < 400
     assert bench.peak_memory("small.py") < 60
     assert ballast.sum() > 0

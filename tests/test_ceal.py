@@ -1,4 +1,4 @@
-"""ceal.py: the score by hand, the choice against a brute-force reading of the rules, the pool's promises."""
+"""ceal.py: the score by hand, the selection against a brute-force version of the rules, the pool's guarantees."""
 
 import subprocess
 import sys
@@ -63,7 +63,7 @@ def test_an_unknown_distance_is_refused():
         ceal.distance_weight(square(), "outside")
 
 
-# -------------------------------------------------------------------------------------------------------- the choice
+# ----------------------------------------------------------------------------------------------------- the selection
 
 
 def bins_by_brute_force(scores):
@@ -74,7 +74,7 @@ def bins_by_brute_force(scores):
 
 
 def pools():
-    """Scores as a pool has them: a peak of certain images, a long tail, some zeros."""
+    """Scores like those of a real pool: a peak of certain images, a long tail, some very low scores."""
 
     def build(seed):
         rng = np.random.default_rng(seed)
@@ -114,7 +114,7 @@ def test_queries_follow_the_rules_of_the_published_code(scores):
 
 
 @pytest.mark.parametrize("empty", [0, 3, 25])
-def test_by_the_rule_empty_only_images_without_detection_are_asked_for_as_such(empty):
+def test_the_rule_empty_selects_only_images_without_detection(empty):
     scores = np.concatenate([np.zeros(empty), np.random.default_rng(0).gamma(1, 1, 500)])
     groups = ceal.select_queries(scores, np.random.default_rng(0), rule="empty")
     assert len(groups["no_detection"]) == min(empty, 10)
@@ -171,13 +171,13 @@ def test_scores_that_differ_by_rounding_alone_are_no_error():
     assert len(np.unique(np.concatenate(list(groups.values())))) == 35
 
 
-def test_the_same_generator_gives_the_same_choice():
+def test_the_same_generator_gives_the_same_selection():
     scores = np.random.default_rng(3).gamma(2, 1, 500)
     first, second = (ceal.select_queries(scores, np.random.default_rng(9)) for _ in range(2))
     assert all((first[group] == second[group]).all() for group in first)
 
 
-def test_scores_that_are_no_numbers_are_refused():
+def test_scores_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="1 of 3 scores"):
         ceal.select_queries([1, np.nan, 2], np.random.default_rng(0))
 
@@ -208,7 +208,7 @@ def test_masks_and_pseudo_labels_stay_with_their_images():
 
 
 @pytest.mark.parametrize("position", [0, 2, 1, 99])
-def test_what_is_not_in_the_pool_is_neither_annotated_nor_pseudo_labelled(position):
+def test_images_outside_the_pool_are_neither_annotated_nor_pseudo_labelled(position):
     for act in (a_pool().annotate, a_pool().training_set):
         with pytest.raises(ValueError, match="not in the pool"):
             act([position], [mask_of(position)])
@@ -223,7 +223,40 @@ def test_an_image_is_not_asked_for_twice():
         pool.annotate([4], [mask_of(4)])
 
 
-def test_nothing_can_be_smuggled_into_the_pool():
+def labels(pool):
+    positions, masks = pool.training_set()
+    return dict(zip(positions.tolist(), (int(mask[0, 0]) for mask in masks)))
+
+
+def test_a_corrected_mask_keeps_its_place_in_the_training_set():
+    pool = a_pool()
+    pool.annotate([8, 4], [mask_of(8), mask_of(4)])
+    pool.correct([8], [mask_of(99)])
+    assert list(labels(pool).items()) == [(3, 3), (1, 1), (8, 99), (4, 4)]
+    assert pool.annotations == 4
+
+
+def test_a_labelled_image_can_be_rejected_and_a_rejected_one_labelled():
+    pool = a_pool()
+    pool.annotate([8], [mask_of(8)])
+    pool.reject([4])
+    pool.correct([4], [mask_of(4)], rejected=[8])
+    assert list(labels(pool)) == [3, 1, 4]
+    assert pool.unlabelled.tolist() == [6]  # neither returns to the pool
+    pool.correct([8], [mask_of(9)], rejected=[4])
+    assert labels(pool) == {3: 3, 1: 1, 8: 9}
+
+
+@pytest.mark.parametrize("position", [6, 0, 99])
+def test_an_image_without_an_answer_cannot_be_corrected(position):
+    pool = a_pool()
+    for positions, rejected in (([position], []), ([], [position])):
+        with pytest.raises(ValueError, match="neither labelled nor rejected"):
+            pool.correct(positions, [mask_of(1)] * len(positions), rejected)
+    assert labels(pool) == {3: 3, 1: 1}
+
+
+def test_the_pool_cannot_be_changed_from_outside():
     pool = a_pool()
     with pytest.raises(ValueError, match="read-only"):
         pool.unlabelled[0] = 2

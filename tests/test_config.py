@@ -1,4 +1,4 @@
-"""config.py: its names are those of the tables, and it answers without TensorFlow."""
+"""config.py: its names match the tables, and help and errors do not need TensorFlow."""
 
 import subprocess
 import sys
@@ -11,6 +11,8 @@ import config
 import sampler
 import trainer
 import unet
+from config import SWITCHES, read_command_line
+from utils import UserError
 
 
 def test_the_names_of_the_choices_are_those_of_the_tables():
@@ -52,3 +54,17 @@ def test_help_and_refused_options_do_not_wait_for_tensorflow(tmp_path, command):
     assert done.returncode == (0 if "--help" in options else 2), done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_what_concerns_a_person_is_refused_without_one(switch):
+    with pytest.raises(UserError, match=f"--{switch}: only for --oracle folder"):
+        read_command_line([f"--{switch}"])
+    assert read_command_line(["--oracle", "folder", f"--{switch}"])[1][switch]
+
+
+def test_corrections_go_with_waiting_and_with_going_on():
+    for other in "--wait", "--partial":
+        assert read_command_line(["--oracle", "folder", "--correct", other])[1]["correct"]
+    with pytest.raises(UserError, match="--wait and --partial exclude each other"):
+        read_command_line(["--oracle", "folder", "--wait", "--partial", "--correct"])

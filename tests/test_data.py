@@ -1,4 +1,4 @@
-"""data.py: ISIC folders to HDF5, every kind of bad file, the split, the statistics, the synthetic lesions."""
+"""data.py: ISIC folders to HDF5, bad files of every kind, the split, the statistics, synthetic lesions."""
 
 import os
 import shutil
@@ -49,7 +49,7 @@ def folders(source, part="Training"):
 
 
 def save_pair(source, id, rows=16, color=(150, 100, 80), part="Training", suffixes=(".jpg", "_segmentation.png")):
-    """A plain picture of 64x96 whose upper `rows` rows are lesion."""
+    """Save a plain 64x96 picture, and a mask of its upper `rows` rows."""
     for folder in folders(source, part):
         folder.mkdir(parents=True, exist_ok=True)
     image, mask = (folder / f"{id}{suffix}" for folder, suffix in zip(folders(source, part), suffixes))
@@ -75,7 +75,7 @@ def truncate(path):
 
 
 def assert_refused(result, *names):
-    """Exit code 2, and one line on stderr that has these names."""
+    """Assert exit code 2, and one line on stderr that contains these names."""
     code, _, err = result
     assert (code, err.count("\n"), err[:7]) == (2, 1, "error: ")
     for name in names:
@@ -92,7 +92,7 @@ def assert_nothing_written(folder):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_isic_writes_each_image_with_its_own_mask(run, tmp_path, channels):
     # By name ISIC_1.jpg precedes ISIC_10.jpg, and ISIC_10_segmentation.png precedes ISIC_1_segmentation.png.
-    rows = {"ISIC_1": 8, "ISIC_10": 24, "ISIC_2": 40, "ISIC_0000003": 56}
+    rows = {"ISIC_1": 8, "ISIC_10": 24, "ISIC_2": 16, "ISIC_0000003": 32}
     color = {"ISIC_1": (200, 120, 90), "ISIC_10": (90, 160, 70), "ISIC_2": (60, 80, 150), "ISIC_0000003": (30, 30, 30)}
     suffixes = [(".jpg", "_segmentation.png"), (".JPG", "_Segmentation.png"), (".jpeg", "_Segmentation.PNG")]
     for n, id in enumerate(rows):
@@ -159,7 +159,7 @@ NAMES = ["naevus one.JPG", "übung.png", "-dash.bmp", "a.b.tiff", "0007.webp", "
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of six plain images, each of its own grey, among other files; and one of the masks of three."""
+    """A folder of six plain images of different greys, and of other files; a folder of the masks of three."""
     images, masks = tmp_path / "photos", tmp_path / "drawn"
     images.mkdir()
     masks.mkdir()
@@ -204,7 +204,7 @@ def test_a_folder_without_any_masks_and_one_with_masks_beside_the_images(run, ph
     assert not np.sum((red < 80) & (green > 180) & (blue > 180))  # no outline
 
     (images / "x_segmentation.png").unlink()
-    shutil.copy(masks / "übung_segmentation.png", images)  # übung.png is the image there, and no second mask
+    shutil.copy(masks / "übung_segmentation.png", images)  # there übung.png is the image, not a second mask
     code, out, err = run("folder", images, tmp_path / "beside.h5", "--masks", images, *SIZE)
     assert (code, err) == (0, "")
     assert "6 images, 1 with a mask" in out
@@ -213,16 +213,15 @@ def test_a_folder_without_any_masks_and_one_with_masks_beside_the_images(run, ph
     assert "median 37.5%" in out  # 24 of 64 rows
 
 
-BAD_FOLDERS = {  # what was done to the folders, and what the message names
+BAD_FOLDERS = {  # a function that damages the folders, and the names in the message
     "mask without image": (lambda images, masks: save(masks / "other.png", np.full((64, 96), 255)), ["other.png"]),
     "two images": (lambda images, masks: save(images / "x.png", np.zeros((64, 96))), ["x.jpeg", "x.png"]),
     "two masks": (
         lambda images, masks: save(masks / "übung.png", np.full((64, 96), 255)),
         ["übung.png", "übung_segmentation.png"],
     ),
-    "an image that is none": (lambda images, masks: (images / "x.jpeg").write_text(HTML), ["x.jpeg"]),
-    "a folder named as an image": (lambda images, masks: (images / "y.jpg").mkdir(), ["y.jpg"]),
-    "a mask that is none": (lambda images, masks: (masks / "-dash.png").write_text(HTML), ["-dash.png"]),
+    "text named as an image": (lambda images, masks: (images / "x.jpeg").write_text(HTML), ["x.jpeg"]),
+    "text named as a mask": (lambda images, masks: (masks / "-dash.png").write_text(HTML), ["-dash.png"]),
     "an empty mask": (lambda images, masks: save(masks / "-dash.png", np.zeros((64, 96))), ["-dash.png"]),
     "a mask of another aspect": (
         lambda images, masks: save(masks / "-dash.png", np.full((64, 90), 255)),
@@ -232,7 +231,7 @@ BAD_FOLDERS = {  # what was done to the folders, and what the message names
     "no images": (lambda images, masks: [path.unlink() for path in images.iterdir()], ["photos"]),
     "no folder": (lambda images, masks: shutil.rmtree(images), ["photos"]),
     "a file": (lambda images, masks: shutil.rmtree(images) or images.write_text("?"), ["photos"]),
-    "no UTF-8": (lambda images, masks: open(os.fsencode(images) + b"/\xff.jpg", "w").close(), ["photos", "udcff.jpg"]),
+    "not UTF-8": (lambda images, masks: open(os.fsencode(images) + b"/\xff.jpg", "w").close(), ["photos", "udcff.jpg"]),
     "a line break": (lambda images, masks: (images / "a\nb.jpg").touch(), ["photos", "a\\nb.jpg"]),
 }
 
@@ -245,7 +244,7 @@ def test_a_bad_folder_is_named_in_one_line_and_nothing_is_written(run, photos, t
     assert_nothing_written(tmp_path)
 
 
-def test_a_name_that_a_mac_wrote_is_that_of_the_mask(run, tmp_path):
+def test_an_accent_stored_as_its_own_character_does_not_hide_the_mask(run, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "drawn").mkdir()
     save(tmp_path / "photos" / "nae\u0301vus.jpg", np.zeros((64, 96)))  # e, accent
@@ -255,10 +254,155 @@ def test_a_name_that_a_mac_wrote_is_that_of_the_mask(run, tmp_path):
     assert read(tmp_path / "x.h5")["ids"] == ["na\u00e9vus"]
 
 
+def test_a_folder_named_as_an_image_is_left_out(run, photos, tmp_path):
+    (photos[0] / "y.jpg").mkdir()
+    code, out, err = run("folder", photos[0], tmp_path / "x.h5", *SIZE)
+    assert (code, err) == (0, "")
+    assert "left out: 4 files (" in out
+    assert ", 1 folder (y.jpg); --recursive reads folders" in out
+
+
+def test_all_bad_files_are_named_at_once(run, photos, isic):
+    images, masks = photos
+    (images / "x.jpeg").write_text(HTML)
+    save(masks / "-dash.png", np.full((64, 96), 100))
+    save(masks / "\u00fcbung_segmentation.png", np.indices((64, 96))[0] // 30)
+    code, _, err = run("folder", images, images.parent / "x.h5", "--masks", masks, *SIZE)
+    *errors, last = err.splitlines()
+    assert (code, len(errors)) == (2, 3)
+    for error, name in zip(errors, ["-dash.png", "x.jpeg", "\u00fcbung_segmentation.png"]):
+        assert error.startswith("error: ")
+        assert name in error
+    assert last.startswith("error: 3 files cannot be used, and nothing is written")
+    image, mask = folders(isic)
+    (image / "ISIC_0000001.jpg").write_text(HTML)
+    save(mask / "ISIC_0000001_segmentation.png", np.full((64, 96), 100))  # both files of one pair
+    code, _, err = run("isic", isic, images.parent / "x.h5", *SIZE)
+    assert (code, len(err.splitlines())) == (2, 3)
+    assert "2 files cannot be used" in err
+    assert_nothing_written(images.parent)
+
+
+def test_at_most_100_bad_files_are_named(run, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for n in range(120):
+        (tmp_path / "photos" / f"{n:03d}.jpg").touch()
+    code, _, err = run("folder", tmp_path / "photos", tmp_path / "x.h5", *SIZE)
+    assert (code, len(err.splitlines())) == (2, 101)
+    assert "error: 120 files cannot be used" in err
+
+
+def photos_with_masks(folder, masks, exif=None, size=(64, 96)):
+    """Save a plain JPEG for each mask, with an EXIF orientation; `masks`: a dict of file name to pixels."""
+    for name in "photos", "drawn":
+        (folder / name).mkdir()
+    options = {}
+    if exif:
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = exif
+    for name, pixels in masks.items():
+        save(folder / "photos" / f"{Path(name).stem}.jpg", np.full((*size, 3), 150), **options)
+        save(folder / "drawn" / name, pixels)
+    return folder / "photos", folder / "x.h5", "--masks", folder / "drawn"
+
+
+BLOCK = 255 * np.pad(np.ones((20, 30)), ((10, 34), (20, 46)))
+
+
+@pytest.mark.parametrize(
+    ("masks", "warning"),
+    [
+        ([BLOCK] * 8, None),
+        ([255 - BLOCK] * 8, "warning: 8 of 8 masks cover all four corners of their picture: is the lesion white"),
+        ([BLOCK] * 7 + [0 * BLOCK + 255], "warning: 1 of 8 masks cover all four corners"),
+        ([255 * (np.indices((64, 96))[0] < 40)] * 3 + [BLOCK] * 5, "warning: 3 of 8 masks cover over half"),
+        ([255 * (np.indices((64, 96))[0] < 40)] * 2 + [BLOCK] * 6, None),
+    ],
+)
+def test_inverted_masks_are_one_warning(run, tmp_path, masks, warning):
+    given = photos_with_masks(tmp_path, {f"{n}.png": mask for n, mask in enumerate(masks)})
+    code, out, err = run("folder", *given, *SIZE)
+    assert (code, "8 images, 8 with a mask" in out) == (0, True)
+    assert err.startswith(warning) and err.count("\n") == 1 if warning else err == ""
+
+
+@pytest.mark.parametrize(
+    ("exif", "size", "mask", "doubtful"),
+    [
+        (2, (64, 96), (64, 96), True),
+        (3, (64, 96), (128, 192), True),
+        (4, (64, 96), (64, 96), True),
+        (6, (64, 64), (64, 64), True),
+        (8, (64, 64), (64, 64), True),
+        (6, (999, 1000), (500, 500), True),  # almost square, and the mask has another size
+        (6, (999, 1000), (1000, 999), False),
+        (6, (64, 96), (96, 64), False),
+        (1, (64, 96), (64, 96), False),
+        (None, (64, 96), (64, 96), False),
+    ],
+)
+def test_a_mask_whose_size_cannot_tell_which_way_it_was_drawn_is_named(run, tmp_path, exif, size, mask, doubtful):
+    pixels = 255 * (np.indices(mask)[0] < mask[0] // 4)
+    code, _, err = run("folder", *photos_with_masks(tmp_path, {"a.png": pixels}, exif, size), *SIZE)
+    assert code == 0
+    assert err.startswith("warning: 1 mask (a) taken as drawn on the picture as displayed") if doubtful else err == ""
+    np.testing.assert_array_equal(read(tmp_path / "x.h5")["masks"][0], np.indices((32, 48))[0] < 8)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (999, 1000)])
+def test_a_mask_drawn_on_the_picture_before_its_turn_is_refused_if_the_size_tells(run, tmp_path, size):
+    given = photos_with_masks(tmp_path, {"a.png": 255 * (np.indices(size)[0] < 30)}, 6, size)
+    assert_refused(run("folder", *given, *SIZE), "a.png", "aspect")
+
+
+def test_masks_in_other_formats_are_read_and_lossy_ones_are_named(run, tmp_path):
+    masks = dict.fromkeys(("a.bmp", "b.gif", "c.tiff", "d.pgm", "e.jpg", "f.png"), BLOCK)
+    images, *rest = photos_with_masks(tmp_path, masks)
+    for name in "f.json", "f.xcf", "f.png~":
+        (tmp_path / "drawn" / name).write_text("{}")
+    code, out, err = run("folder", images, *rest, *SIZE)
+    assert (code, err) == (0, "")
+    assert "6 images, 5 with a mask" in out
+    assert out.splitlines()[-1].startswith("left out: 3 files (e.jpg, f.json, f.xcf); lossy compression blurs a mask")
+    file = read(tmp_path / "x.h5")
+    for has_mask, mask in zip(file["has_mask"], file["masks"]):
+        assert mask.sum() == 150 * has_mask
+
+
+@pytest.mark.parametrize("masks", [["a.jpg"], ["a.jp2", "notes.txt"], []])
+def test_a_folder_without_a_mask_is_refused(run, tmp_path, masks):
+    images, out, *_ = photos_with_masks(tmp_path, {"a.png": BLOCK})
+    (tmp_path / "drawn" / "a.png").unlink()
+    for name in masks:
+        (tmp_path / "drawn" / name).write_bytes(b"any")
+    result = run("folder", images, out, "--masks", tmp_path / "drawn", *SIZE)
+    assert_refused(result, "drawn: no mask of any image, for example a.png", *masks)
+    assert_nothing_written(tmp_path)
+
+
+def test_subfolders_are_read_on_request(run, tmp_path):
+    given = photos_with_masks(tmp_path, {"a.png": BLOCK, "b.png": BLOCK})
+    for folder, suffix in ("photos", ".jpg"), ("drawn", ".png"):
+        (tmp_path / folder / "sub").mkdir()
+        (tmp_path / folder / f"b{suffix}").rename(tmp_path / folder / "sub" / f"a{suffix}")
+    (tmp_path / "drawn").rename(tmp_path / "photos" / "drawn")  # masks are no images
+    given = (*given[:3], tmp_path / "photos" / "drawn")
+    code, out, _ = run("folder", *given, *SIZE)
+    assert (code, "1 images, 1 with a mask" in out, "2 folders (sub, sub)" in out) == (0, True, True)
+    code, out, err = run("folder", *given, *SIZE, "--force", "--recursive")
+    assert (code, err, "left out" in out) == (0, "", False)
+    file = read(tmp_path / "x.h5")
+    assert file["ids"] == ["a", "sub__a"]
+    assert file["has_mask"].all()
+    assert file["files"][1] == "sub/a.jpg"
+    save(tmp_path / "photos" / "sub__a.bmp", BLOCK)
+    assert_refused(run("folder", *given, *SIZE, "--force", "--recursive"), "sub__a.bmp", "a.jpg")
+
+
 def test_10000_files_are_found(tmp_path):
     for n in range(10_000):
         (tmp_path / f"{n:05d}.png").touch()
-    pairs = data.find_folder(tmp_path)
+    pairs, _ = data.find_folder(tmp_path)
     assert [pair.id for pair in pairs] == [f"{n:05d}" for n in range(10_000)]
 
 
@@ -307,7 +451,7 @@ def test_a_big_jpeg_reads_as_if_decoded_in_full(tmp_path):
 @pytest.mark.parametrize("scale", [1, 12])
 def test_a_turned_photograph_is_read_as_displayed(tmp_path, scale):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: the first row is displayed as the right column
+    exif[0x0112] = 6  # displayed turned clockwise: the first row is the right column
     stored = np.where(np.indices((64 * scale, 96 * scale))[0] < 32 * scale, 220, 30)
     image, original = read_image(save(tmp_path / "x.jpg", stored, exif=exif), 48, 32, 1)
     assert original == (96 * scale, 64 * scale)
@@ -327,7 +471,7 @@ def test_masks_of_0_and_1_and_masks_with_grey_edges_are_read(tmp_path, white):
 
 
 def test_masks_are_read_as_editors_write_them(tmp_path):
-    """Two values are a mask in any mode of Pillow's: what is not black, or not transparent, is lesion."""
+    """Two values are a mask in any Pillow mode: pixels that are neither black nor transparent are lesion."""
     lesion = np.indices((64, 96))[1] < 30
     grey = Image.fromarray(np.uint8(255) * lesion)
     red = Image.fromarray(lesion[..., None] * np.array([200, 0, 1], np.uint8))
@@ -384,7 +528,7 @@ def test_what_is_no_mask_is_refused_in_any_mode(tmp_path):
 IMAGE, MASK = (folder / "ISIC_0000002" for folder in folders(Path()))
 IMAGE, MASK = IMAGE.with_suffix(".jpg"), MASK.with_name("ISIC_0000002_segmentation.png")
 HTML = "<html>not found</html>\n" * 20
-BAD_INPUTS = {  # what was done to the folder, and what the message names
+BAD_INPUTS = {  # a function that damages the folder, and the name in the message
     "folder missing": (shutil.rmtree, "isic"),
     "folder empty": (lambda isic: [shutil.rmtree(folder) for folder in folders(isic)], "isic"),
     "image without mask": (lambda isic: (isic / MASK).unlink(), IMAGE),
@@ -469,7 +613,7 @@ def test_16_bit_and_missing_pictures_are_refused(tmp_path):
 
 @pytest.fixture
 def small(tmp_path):
-    """A data file of 250 colour images of noise, each of its own brightness: (path, images, masks)."""
+    """A data file of 250 colour images of noise, each with another brightness: (path, images, masks)."""
     rng = np.random.default_rng(0)
     images = (rng.random((250, 16, 16, 3)) * rng.integers(20, 256, (250, 1, 1, 3))).astype(np.uint8)
     masks = (rng.random((250, 16, 16)) < 0.3).astype(np.uint8)
@@ -494,7 +638,7 @@ def test_normalisation_is_by_numpys_mean_and_deviation_of_these_images_only(smal
         mean, std = data.normalisation(dataset, positions)
     np.testing.assert_allclose(mean, images[positions].mean((0, 1, 2)), rtol=1e-9)
     np.testing.assert_allclose(std, images[positions].std((0, 1, 2)), rtol=1e-9)
-    assert np.abs(mean - images.mean((0, 1, 2))).max() > 0.1  # the other images would show
+    assert np.abs(mean - images.mean((0, 1, 2))).max() > 0.1  # the other images would change it
     inputs = data.normalise(np.array([[[130, 10]], [[70, 0]]], np.uint8), [100.0, 20.0], [15.0, 4.0])
     assert inputs.dtype == np.float32
     np.testing.assert_allclose(inputs, [[[2, -2.5]], [[-2, -5]]])
@@ -523,7 +667,7 @@ def test_a_file_that_is_no_data_file_is_refused(run, small, name):
 
 
 def fake_dataset(train, others=0):
-    """What `split` looks at: `train` images, the near-duplicates among them, and `others`, all shuffled."""
+    """What `split` reads: `train` images, including the near-duplicates, and `others`, all shuffled."""
     ids = [id for pair in data.NEAR_DUPLICATES for id in pair] + [f"ISIC_{n:07d}" for n in range(20000, 24000)]
     order = np.random.default_rng(0).permutation(train + others)
     part = np.array(["train"] * train + ["test"] * others, object)[order]
@@ -562,18 +706,18 @@ def test_near_duplicates_are_on_one_side(counts, unused):
             assert [one in side for side in sides] == [other in side for side in sides], seed
 
 
-def test_a_split_that_cannot_be_is_refused_with_its_numbers():
+def test_an_impossible_split_is_refused_with_its_numbers():
     with pytest.raises(UserError, match=r"x\.h5 has 1999 training images.* 600 .* 1000 .* 400 "):
         data.split(fake_dataset(1999, 100))
     with pytest.raises(UserError, match=r"near-duplicates ISIC_\d+ and ISIC_\d+"):
-        data.split(fake_dataset(6), 3, 3, 0)  # six images, two of a kind each
+        data.split(fake_dataset(6), 3, 3, 0)  # the three pairs
 
 
 @pytest.mark.parametrize(
     ("masks", "counts", "labelled"),
     [
         (90, (40, 200, 30), 40),  # enough for the test and all labelled images
-        (50, (40, 200, 30), 20),  # 20 labelled images are left to ask for
+        (50, (40, 200, 30), 20),  # 20 labelled images have no mask
         (30, (40, 200, 30), 0),
         (0, (40, 200, 0), 0),
         (50, (100, 200, 0), 50),
@@ -583,7 +727,7 @@ def test_images_with_a_mask_are_for_test_first_then_labelled_and_only_then_in_th
     dataset = fake_dataset(300, 40)
     for seed in range(20):
         chosen = np.random.default_rng(seed).permutation(np.flatnonzero(dataset.part == "train"))
-        if masks == counts[2]:  # all are needed for the test: of a pair that has one mask the other has nowhere to go
+        if masks == counts[2]:  # all are for test: a near-duplicate without a mask could not join the other one
             chosen = chosen[~np.isin(dataset.ids[chosen], data.NEAR_DUPLICATES)]
         chosen = chosen[:masks]
         dataset.has_mask[:] = False
@@ -596,7 +740,7 @@ def test_images_with_a_mask_are_for_test_first_then_labelled_and_only_then_in_th
         assert all((np.diff(positions) > 0).all() for positions in split)
         assert (dataset.part[np.concatenate(split)] == "train").all()
         assert dataset.has_mask[split.test].all()
-        assert abs(dataset.has_mask[split.initial].sum() - labelled) <= 3  # near-duplicates may take a place
+        assert abs(dataset.has_mask[split.initial].sum() - labelled) <= 3  # near-duplicates may change it
         sides = [set(dataset.ids[positions]) for positions in split]
         for one, other in data.NEAR_DUPLICATES:
             assert [one in side for side in sides] == [other in side for side in sides], seed
@@ -613,7 +757,7 @@ def test_too_few_masks_for_the_test_are_refused_with_their_numbers():
     dataset = fake_dataset(300)
     dataset.has_mask[20:] = False
     with pytest.raises(
-        UserError, match=r"x\.h5 has 20 training images with a mask, too few for 21 for test; lower --test"
+        UserError, match=r"x\.h5 has 20 training images with a mask, too few for 21 test images; lower --test"
     ):
         data.split(dataset, 10, 200, 21)
 
@@ -666,7 +810,7 @@ def test_the_real_training_set_is_found_and_read():
     read = [data.read_pair(pair, 192, 240, 1) for pair in pairs[::200]]
     assert all(0.002 < row.mask.mean() < 0.95 for row in read)
     darker = [row.image[row.mask == 1].mean() < row.image[row.mask == 0].mean() for row in read]
-    assert sum(darker) >= 8  # than the skin; not where the picture has black corners
+    assert sum(darker) >= 8  # than the skin, unless the picture has black corners
 
 
 # --------------------------------------------------------------------------------------- mistakes at the command line
@@ -703,8 +847,8 @@ def test_a_mistake_at_the_command_line_is_one_sentence(run, small_file, tmp_path
 
 
 @pytest.mark.parametrize("limit", [50_000, 200_000, 400_000])
-def test_a_disk_that_takes_no_more_is_one_sentence(tmp_path, limit):
-    """In a process whose files cannot grow beyond `limit` bytes: as on a full disk, which df did not show."""
+def test_a_disk_that_fills_up_is_one_sentence(tmp_path, limit):
+    """In a process whose files cannot grow beyond `limit` bytes, as on a disk that fills up while it is written to."""
     resource = pytest.importorskip("resource")
     root = Path(data.__file__).parent
     command = [sys.executable, root / "data.py", "synthetic", "x.h5", "--images", "100", *map(str, SIZE)]
@@ -716,7 +860,7 @@ def test_a_disk_that_takes_no_more_is_one_sentence(tmp_path, limit):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: x.h5 cannot be read or written: File too large; make room")
+    assert done.stderr.startswith("error: x.h5 cannot be read or written: File too large; free some space")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -731,7 +875,7 @@ def test_a_file_damaged_inside_is_refused_when_it_is_read(small_file):
         with data.Dataset(small_file) as dataset:
             return dataset.images([0, 1]), dataset.masks([0, 1])
 
-    with pytest.raises(UserError, match=r"small\.h5: not a data file of data\.py, or a damaged one"):
+    with pytest.raises(UserError, match=r"small\.h5: not written by data\.py, or damaged"):
         read_all()
 
 
@@ -744,7 +888,7 @@ def test_an_almost_square_image_that_is_turned_keeps_its_size(tmp_path):
 
 def test_the_same_content_has_the_same_fingerprint_wherever_and_whenever_it_is_written(tmp_path):
     first = write_blobs(tmp_path / "first.h5", 3, 32, 32)
-    time.sleep(1.1)  # HDF5 notes the second
+    time.sleep(1.1)  # HDF5 stores the time, in seconds
     again = write_blobs(tmp_path / "again.h5", 3, 32, 32)
     assert first.read_bytes() != again.read_bytes()
     with data.Dataset(first) as dataset:

@@ -1,5 +1,5 @@
-"""What cannot be an error: a network that sees nothing or lesion everywhere, equal scores, one image; and numbers so
-large that they mean "all"."""
+"""Extreme cases that are not errors: a network that predicts no lesion or only lesion, equal scores, one image, numbers
+so large that they mean "all". And training that diverges or lacks memory."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def data_file(tmp_path_factory):
 
 @pytest.fixture
 def run(data_file, tmp_path, monkeypatch):
-    """Run train.py in this process: the run's folder."""
+    """Run train.py in this process. Returns the run's folder."""
 
     def run(*arguments):
         folder = tmp_path / "r"
@@ -43,7 +43,7 @@ def run(data_file, tmp_path, monkeypatch):
 
 
 def constant_unet(logit):
-    """`build_unet`, but what it builds says the same of every pixel: sigmoid(logit)."""
+    """Like `build_unet`, but the network predicts sigmoid(logit) at every pixel."""
 
     def build(*arguments, **options):
         model = build_unet(*arguments, **options)
@@ -57,7 +57,7 @@ def constant_unet(logit):
 def test_a_collapse_shows_without_test_images_too(run, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "build_unet", constant_unet(-25))
     run("--learning-rate", "1e-12", "--test", "0")
-    assert capsys.readouterr().out.count("the network calls every pixel skin: it collapsed") == 2
+    assert capsys.readouterr().out.count("the network has collapsed: it predicts only skin") == 2
 
 
 def assert_figures_are_drawn(folder):
@@ -70,10 +70,10 @@ def assert_figures_are_drawn(folder):
 
 @pytest.mark.parametrize(("logit", "distance"), [(-25, "both"), (0, "inside"), (25, "none")])
 def test_equal_scores_and_empty_or_full_predictions_are_no_error(run, data_file, monkeypatch, capsys, logit, distance):
-    """25: every pixel is lesion; -25: none is; 0: the probability is 0.5 everywhere, which is no lesion."""
+    """Logit 25: every pixel is lesion; -25: none is; 0: the probability is 0.5 everywhere, which is not lesion."""
     monkeypatch.setattr(trainer, "build_unet", constant_unet(logit))
     folder = run("--learning-rate", "1e-12", "--distance", distance)
-    collapsed = f"the network calls every pixel {'lesion' if logit > 0 else 'skin'}: it collapsed"
+    collapsed = f"the network has collapsed: it predicts only {'lesion' if logit > 0 else 'skin'}"
     assert capsys.readouterr().out.count(collapsed) == 2
     rows = read_csv(folder / "history.csv")
     assert [(row["annotations"], row["pseudo_labels"]) for row in rows] == [("4", "0"), ("8", "2")]
@@ -94,7 +94,7 @@ def test_equal_scores_and_empty_or_full_predictions_are_no_error(run, data_file,
     assert_figures_are_drawn(folder / "iteration_01")
 
 
-def test_a_single_image_each_to_begin_with_to_ask_about_and_to_test_on(run, tmp_path):
+def test_one_initial_image_one_in_the_pool_and_one_for_test(run, tmp_path):
     data_file = write_blobs(tmp_path / "three.h5", 3, 32, 32)
     one = [
         "--initial",
@@ -125,36 +125,81 @@ def test_numbers_that_are_too_large_mean_all(run):
     folder = run("--pool", "8", *itertools.chain(*((option, 2**31 - 1) for option in large)))
     rows = read_csv(folder / "history.csv")
     assert [int(row["annotations"]) for row in rows] == [4, 8, 12]
-    assert [int(row["pseudo_labels"]) for row in rows] == [0, 4, 0]  # all that nobody was asked about
+    assert [int(row["pseudo_labels"]) for row in rows] == [0, 4, 0]  # all images that were not queried
 
 
 def not_finite(truth, prediction):
     return tf.reduce_mean(prediction) * np.nan
 
 
-def test_a_training_that_breaks_down_says_so_and_writes_nothing(run, tmp_path, monkeypatch):
+def test_a_training_that_diverges_says_so_and_writes_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setitem(LOSSES, "dice", not_finite)
-    with pytest.raises(UserError, match="--learning-rate 1e-05 and --active-learning-rate 0: the training broke down"):
+    with pytest.raises(UserError, match="--learning-rate 1e-05 and --active-learning-rate 0: the training diverged"):
         run()
     assert not list((tmp_path / "r").glob("*iteration*"))
 
 
-def test_a_network_that_overflows_is_a_training_that_broke_down(run, tmp_path, monkeypatch):
+def test_a_network_that_overflows_is_reported_as_diverged(run, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "build_unet", constant_unet(np.nan))
     monkeypatch.setattr(Trainer, "fit", lambda *_: None)
-    with pytest.raises(UserError, match="--learning-rate 1e-05 and --active-learning-rate 0: the training broke down"):
+    with pytest.raises(UserError, match="--learning-rate 1e-05 and --active-learning-rate 0: the training diverged"):
         run()
     assert not list((tmp_path / "r").glob("*iteration*"))
 
 
-def test_too_little_memory_is_one_sentence(run, tmp_path, monkeypatch):
-    def fail(*_):
-        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[32,64,192,240]")
+SHORT_OF_MEMORY = [
+    tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[32,64,192,240]"),
+    tf.errors.InternalError(None, None, "Failed to allocate 2.1GiB: CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
+    MemoryError("Unable to allocate 3.52 GiB for an array"),
+]
 
-    monkeypatch.setattr(Trainer, "fit", fail)
-    with pytest.raises(UserError, match="--batch-size 4 --filters 1: not enough memory; lower one of them"):
+
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", SHORT_OF_MEMORY)
+def test_too_little_memory_in_training_is_one_sentence_and_the_run_goes_on(run, tmp_path, monkeypatch, capsys, error):
+    """The advice keeps the run's answers: it never names another --run."""
+    with monkeypatch.context() as patch, pytest.raises(UserError) as refusal:
+        patch.setattr(trainer, "training_step", lambda model: failing(error))
         run()
+    command = f"python train.py --run {tmp_path / 'r'} --batch-size 2"
+    assert str(refusal.value).endswith(f"--batch-size 4 is too large for this machine; go on with: {command}")
     assert not list((tmp_path / "r").glob("*iteration*"))
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", command.split()[1:])
+    train.main()
+    assert "from now on --batch-size 2, not 4: an unfinished training starts again" in capsys.readouterr().out
+    assert len(read_csv(tmp_path / "r" / "history.csv")) == 2
+
+
+def test_a_batch_of_one_image_cannot_be_smaller(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "training_step", lambda model: failing(SHORT_OF_MEMORY[0]))
+    with pytest.raises(UserError) as refusal:
+        run("--batch-size", "1")
+    assert str(refusal.value).endswith(f"a machine with more, and go on with: python train.py --run {tmp_path / 'r'}")
+
+
+@pytest.mark.parametrize("error", SHORT_OF_MEMORY)
+def test_too_little_memory_in_scoring_is_not_blamed_on_the_batch_size(run, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(trainer, "mc_dropout", failing(error))
+    with pytest.raises(UserError, match="there is not enough memory; end other programs that use memory") as refusal:
+        run()
+    assert "batch-size" not in str(refusal.value)
+    assert "--run" not in str(refusal.value)
+    assert (tmp_path / "r" / "iteration_00").is_dir()
+
+
+def test_too_little_memory_in_prediction_is_one_sentence(unet_weights, tmp_path, monkeypatch):
+    Image.fromarray(np.full((30, 40), 99, np.uint8)).save(tmp_path / "one.png")
+    monkeypatch.setattr(predict, "predict_all", failing(SHORT_OF_MEMORY[0]))
+    monkeypatch.setattr("sys.argv", ["predict.py", str(tmp_path / "one.png"), "--weights", str(unet_weights)])
+    with pytest.raises(UserError, match="there is not enough memory; end other programs that use memory"):
+        predict.main()
 
 
 @pytest.mark.parametrize(("logit", "value", "grey"), [(-25, 0, 0), (0, 0, 0), (25, 255, 0)])

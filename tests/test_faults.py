@@ -1,8 +1,9 @@
-"""A run that is killed again and again ends as one that never was: the same choices, history and weights, bit for bit.
+"""A run that is killed many times ends like an undisturbed one: same selections, history and weights, bit for bit.
 
-KILLS=100 python -m pytest tests/test_faults.py -s     # the long form, `make faults`; the tests do 4
+KILLS=100 python -m pytest tests/test_faults.py -s     # the long version, `make faults`; the tests do 4 kills
 """
 
+import fcntl
 import os
 import random
 import shutil
@@ -31,7 +32,7 @@ OPTIONS = """
 """
 
 
-# Dies at its n-th file operation in the run's folder, n given; prints how many there were.
+# Runs train.py and kills itself at the n-th file operation in the run's folder; prints the number of operations.
 DRIVER = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -71,14 +72,14 @@ def finish(process):
 
 @pytest.fixture(scope="module")
 def whole_run(data_file, tmp_path_factory):
-    """A run that nobody interrupts, and the number of its file operations."""
+    """An undisturbed run, and the number of its file operations."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     out = finish(start(run, "--data", data_file, *OPTIONS.split()))
     return run, int(out.split()[-1])
 
 
 def content(run):
-    """All that a run has found, without the seconds."""
+    """All results of a run, without the seconds."""
     found = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
@@ -98,7 +99,7 @@ def content(run):
     return found
 
 
-def test_a_run_killed_again_and_again_ends_as_one_that_never_was(whole_run, data_file, tmp_path):
+def test_a_run_killed_again_and_again_ends_like_an_undisturbed_one(whole_run, data_file, tmp_path):
     reference, operations = whole_run
     seed = random.randrange(10**6)
     rng, kills, runs = random.Random(seed), 0, 0
@@ -134,7 +135,7 @@ def test_a_finished_run_does_nothing(whole_run):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_says_how_to_go_on(data_file, tmp_path, number, code):
+def test_a_stopped_run_says_how_to_continue(data_file, tmp_path, number, code):
     run = tmp_path / "r"
     process = start(run, "--data", data_file, *OPTIONS.split(), "--initial-epochs", "100000")
     while not (run / ".training.weights.h5").exists():
@@ -149,14 +150,14 @@ def test_a_stopped_run_says_how_to_go_on(data_file, tmp_path, number, code):
     assert "Traceback" not in error
 
 
-def test_what_is_stopped_before_its_settings_are_written_is_to_be_begun_anew(tmp_path):
+def test_a_run_stopped_before_its_settings_are_written_says_to_start_again(tmp_path):
     process = start(tmp_path / "r", "--preset", "demo")
     while not list(tmp_path.glob("r/.partial-*")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate()
-    assert error.splitlines()[-1] == "stopped; nothing is begun yet; give the same command again"
+    assert error.splitlines()[-1] == "stopped; nothing has been started yet; give the same command again"
 
 
 def test_a_second_process_is_refused(data_file, tmp_path):
@@ -175,7 +176,7 @@ def test_a_second_process_is_refused(data_file, tmp_path):
 
 @pytest.fixture
 def refused(monkeypatch):
-    """Start a run in this process; returns the one sentence with which it is refused."""
+    """A function that starts a run in this process and returns the message of its UserError."""
 
     def start_here(run, *arguments):
         monkeypatch.setattr("sys.argv", ["train.py", "--run", str(run), *map(str, arguments)])
@@ -188,7 +189,7 @@ def refused(monkeypatch):
 
 @pytest.fixture
 def half_run(whole_run, tmp_path):
-    """The whole run as it was after iteration 1."""
+    """A copy of the whole run as it was after iteration 1."""
     run = tmp_path / "half"
     shutil.copytree(whole_run[0], run)
     for k in (2, 3):
@@ -198,7 +199,7 @@ def half_run(whole_run, tmp_path):
 
 def test_other_settings_and_other_data_are_refused_by_name(refused, half_run, data_file, tmp_path):
     assert "--passes 3: " in refused(half_run, "--passes", "3")
-    assert "was begun with 2" in refused(half_run, "--passes", "3")
+    assert "was started with 2" in refused(half_run, "--passes", "3")
     other = tmp_path / "other.h5"
     other.write_bytes(data_file.read_bytes())
     assert f"--data {other}" in refused(half_run, "--data", other)
@@ -228,20 +229,36 @@ def test_a_damaged_run_is_refused_by_name(refused, half_run, named, file, spoil)
     assert f"{half_run / named}: " in refused(half_run)
 
 
+@pytest.mark.parametrize("name", [".training.weights.h5", "iteration_01/model.weights.h5", "annotations.h5", "data"])
+def test_a_file_that_is_open_elsewhere_is_not_called_damaged(refused, half_run, data_file, tmp_path, name):
+    """The advice for a damaged file would make the person throw it away."""
+    path = data_file if name == "data" else half_run / name
+    if name.startswith("."):
+        shutil.copy(half_run / "iteration_01" / "model.weights.h5", path)
+    if name == "annotations.h5":
+        h5py.File(path, "w").close()
+        settings = (half_run / "config.json").read_text().replace('"oracle": "simulated"', '"oracle": "folder"')
+        (half_run / "config.json").write_text(settings)
+    with open(path, "rb") as elsewhere:
+        fcntl.flock(elsewhere, fcntl.LOCK_EX)
+        message = refused(half_run)
+    assert message == f"{path} is open in another program; close it there and repeat the command"
+
+
 def test_a_gap_in_the_iterations_is_refused_by_name(refused, half_run):
-    """What comes after the gap belongs to another network than the one that would be trained to fill it."""
+    """A network trained to fill the gap would differ from the one that the later iterations used."""
     (half_run / "iteration_00").rename(half_run / "iteration_00_old")
     assert f"{half_run / 'iteration_00'} is missing, and later ones are there" in refused(half_run)
 
 
-def test_a_truncated_history_is_written_anew(half_run, whole_run):
+def test_a_truncated_history_is_rewritten(half_run, whole_run):
     (half_run / "history.csv").write_text("iteration,anno")
     finish(start(half_run))
     assert content(half_run) == content(whole_run[0])
 
 
-def test_a_later_choice_is_not_that_of_an_iteration_done_anew(half_run, whole_run):
-    """As after a stop in an iteration whose predecessor turned out to be damaged, and was moved away."""
+def test_a_repeated_iteration_does_not_use_an_old_selection(half_run, whole_run):
+    """An old selection remains if a run is stopped in an iteration and the iteration before is then moved away."""
     shutil.copytree(half_run / "iteration_01", half_run / ".queries_03")
     finish(start(half_run))
     assert content(half_run) == content(whole_run[0])
@@ -250,7 +267,7 @@ def test_a_later_choice_is_not_that_of_an_iteration_done_anew(half_run, whole_ru
 def test_force_moves_nothing_but_a_run(refused, data_file, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("x")
-    assert "thesis exists already and is no run" in refused(tmp_path / "thesis", "--data", data_file, "--force")
+    assert "thesis exists already and is not a run" in refused(tmp_path / "thesis", "--data", data_file, "--force")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
 
 
@@ -263,16 +280,16 @@ def test_force_moves_the_old_run_aside(half_run, data_file):
 
 
 @pytest.mark.parametrize(("inside", "name"), [(".", "."), ("iteration_00", "..")])
-def test_force_does_not_move_the_folder_that_one_is_in(refused, half_run, monkeypatch, inside, name):
+def test_force_does_not_move_the_current_folder(refused, half_run, monkeypatch, inside, name):
     monkeypatch.chdir(half_run / inside)
-    assert "holds the folder that you are in" in refused(name, "--force")
+    assert "contains the current folder" in refused(name, "--force")
     assert half_run.is_dir()
 
 
-# ---------------------------------------------------------------------------------------------------- full, read-only
+# -------------------------------------------------------------------------------------------- full and read-only disks
 
 
-# Fills the disk, or lets no file grow, while each kind of file is being opened for the first time; then starts again.
+# For each kind of file: fills the disk, or lets no file grow, when such a file is first opened; then starts again.
 FULL_DISK = """
 import os, resource, shutil, sys
 from pathlib import Path
@@ -308,7 +325,7 @@ for kind in [*kinds, ""]:
     assert not armed, kind
     assert not list(Path(folder).rglob(".partial-*")), kind
 """
-# In an order in which they are written, so that no start is needed in which nothing goes wrong.
+# In the order in which a run writes them, so that every start fails once and needs no further start.
 KINDS = """
     environment.json config.json .training.weights.h5 partial-model.weights.h5
     .partial-iteration_00/.partial-history.csv r/.partial-history.csv dice.png
@@ -319,7 +336,7 @@ KINDS = """
 
 @pytest.fixture
 def ballast(request, tmp_path):
-    """Where a run goes and what fills the disk there: a file, or the word limit where no small disk can be had."""
+    """The folder for a run, and the file that fills its disk, or the word `limit` if no small disk can be mounted."""
     try:
         disk = request.getfixturevalue("mount")("size=4m")
     except pytest.skip.Exception:
@@ -327,7 +344,7 @@ def ballast(request, tmp_path):
     return disk, disk / "ballast"
 
 
-def test_a_run_whose_disk_fills_up_says_so_and_goes_on(ballast, whole_run, data_file, tmp_path):
+def test_a_run_whose_disk_is_full_says_so_and_continues_later(ballast, whole_run, data_file, tmp_path):
     folder, filler = ballast
     run, options = folder / "r", ["--data", data_file, *OPTIONS.split(), "--iterations", "1"]
     command = [sys.executable, "-c", FULL_DISK, ROOT, run, filler, " ".join(KINDS.split()), *options]
@@ -339,7 +356,7 @@ def test_a_run_whose_disk_fills_up_says_so_and_goes_on(ballast, whole_run, data_
     assert len(errors) == len(KINDS.split()), done.stderr
     for kind, error in zip(KINDS.split(), errors):
         assert error.startswith(f"error: {run}"), kind
-        assert error.endswith(f"{reason}; make room, and give the same command again"), kind
+        assert error.endswith(f"{reason}; free some space and repeat the command"), kind
         assert kind.split("/")[-1].split("partial-")[-1] in error
     found, expected = content(run), content(whole_run[0])
     for iteration in "iteration_00/", "iteration_01/":
@@ -350,8 +367,8 @@ def test_a_run_whose_disk_fills_up_says_so_and_goes_on(ballast, whole_run, data_
 
 @pytest.fixture
 def told(monkeypatch, capsys):
-    """Run a command in this process and expect it to end in one sentence, which is returned; nothing is half-written
-    in `folder`."""
+    """A function that runs a command in this process, expects it to fail without a partial file in `folder`, and
+    returns its one-line message."""
 
     def run(folder, script, *arguments):
         monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, arguments)])
@@ -376,12 +393,12 @@ def pictures(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["4k", "8k", "500k", "900k"])
-def test_predictions_onto_a_full_disk_are_whole_or_not_there(told, mount, pictures, unet_weights, monkeypatch, size):
+def test_predictions_on_a_full_disk_are_complete_or_absent(told, mount, pictures, unet_weights, monkeypatch, size):
     disk = mount(f"size={size}")
     arguments = pictures, "--weights", unet_weights, "--out", disk / "out", "--overlay", "--uncertainty", "--passes", 2
     error = told(disk, predict, *arguments)
     assert f"error: {disk}/out/" in error
-    assert "No space left on device; make room, and give the same command again" in error
+    assert "No space left on device; free some space and repeat the command" in error
     for path in disk.rglob("*.png"):
         with Image.open(path) as picture:
             assert (picture.size, len(picture.tobytes())) == ((400, 400), 160_000 * len(picture.getbands()))
@@ -400,7 +417,7 @@ def test_a_data_file_on_a_full_disk_is_refused(told, mount, data_file, monkeypat
     assert list(disk.iterdir()) == []
 
 
-def test_a_disk_that_cannot_be_written_to_is_named(told, mount, half_run, data_file, pictures, unet_weights):
+def test_a_read_only_disk_is_named(told, mount, half_run, data_file, pictures, unet_weights):
     disk = mount("size=8m")
     shutil.copytree(half_run, disk / "half")
     remount(disk, "ro")
@@ -417,7 +434,7 @@ def test_a_disk_that_cannot_be_written_to_is_named(told, mount, half_run, data_f
     ):
         error = told(disk, script, *arguments)
         assert f"error: {disk / named}" in error
-        assert "Read-only file system; mend that, or use another" in error
+        assert "Read-only file system; fix this, or use another path" in error
     assert content(disk / "half") == content(half_run)
 
 
@@ -431,13 +448,13 @@ def test_a_disk_that_cannot_be_written_to_is_named(told, mount, half_run, data_f
         (".training.weights.h5", lambda path: h5py.File(path, "w").attrs.update(iteration=2, steps=1), "damaged"),
     ],
 )
-def test_a_damaged_file_of_a_run_under_way_is_named(refused, half_run, name, spoil, said):
+def test_a_damaged_file_of_an_unfinished_run_is_named(refused, half_run, name, spoil, said):
     spoil(half_run / name)
     assert f"{half_run / name}: {said}" in refused(half_run)
 
 
 @pytest.mark.parametrize("line", ["[2, [0.5], [0.5]", "5", "null", '{"a": 1}', "\x00\x00", "[1, [0.1], [0.2]]\n"])
-def test_a_damaged_record_of_a_scoring_is_cut(tmp_path, line):
+def test_a_damaged_scoring_record_is_cut(tmp_path, line):
     record = tmp_path / "record"
     record.write_text("[2, [0.25], [0.75]]\n" + line)
     assert read_record(record, 2) == [[[0.25], [0.75]]]

@@ -1,4 +1,4 @@
-"""Pictures of every kind, for predict.py and data.py: what is read is read rightly, what is not is one sentence."""
+"""Pictures of every kind, for predict.py and data.py: each is read correctly or rejected with one sentence."""
 
 import os
 import struct
@@ -8,21 +8,24 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from conftest import ROOT
 from PIL import Image
+from scipy.ndimage import binary_dilation, binary_erosion
 
 import data
+import pictures
 import predict
-from pictures import read_image, read_mask
+from pictures import SUFFIXES, inverted_warning, mask_cover, open_mask, read_image, read_mask
 from utils import UserError, read_csv, run_command
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # as data.py has it, for its users
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # as pictures.py does for its users
 HEIGHT, WIDTH = 48, 64
 LEVEL = np.linspace(20, 235, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).round().astype(np.uint8)  # lighter row by row
 
 
 def png(width, height, depth=8, color=0, rows=b"", extra=b""):
-    """The bytes of a PNG file, written by hand: Pillow writes no 16-bit colour, and no false sizes."""
+    """The bytes of a PNG file, made by hand because Pillow writes neither 16-bit colour nor wrong sizes."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -33,7 +36,7 @@ def png(width, height, depth=8, color=0, rows=b"", extra=b""):
 
 
 def deep_rows(channels):
-    """LEVEL as 16-bit rows of a PNG file, the low byte full of noise."""
+    """LEVEL as 16-bit rows of a PNG file, with noise in the low byte."""
     high = np.repeat(LEVEL[..., None], channels, -1).astype(np.uint16) << 8
     pixels = (high | np.random.default_rng(0).integers(0, 256, high.shape, np.uint16)).astype(">u2")
     return b"".join(b"\0" + row.tobytes() for row in pixels)
@@ -49,7 +52,7 @@ GREY = Image.fromarray(LEVEL)
 COLOR = GREY.convert("RGB")
 INVERTED = Image.fromarray(255 - LEVEL)
 HALF_SEEN = Image.merge("RGBA", (*[GREY] * 3, Image.fromarray(np.tile(np.uint8([0, 255]), (HEIGHT, WIDTH // 2)))))
-# What looks like LEVEL: a name to a function that writes the file.
+# Pictures that look like LEVEL: a file name to a function that writes the file.
 GOOD = {
     "png_named.jpg": lambda path: GREY.save(path, "PNG"),
     "jpeg_named.png": lambda path: GREY.save(path, "JPEG", quality=98),
@@ -129,7 +132,7 @@ def test_an_unusual_mask_is_read_as_it_is_displayed(tmp_path, name):
 
 
 def test_a_jpeg_is_no_mask_whatever_its_name(tmp_path):
-    """Its blur would move the outline."""
+    """JPEG blurs, which would move the outline."""
     path = tmp_path / "mask.png"
     Image.fromarray(255 * LESION.astype(np.uint8)).save(path, "JPEG", quality=98)
     with pytest.raises(UserError, match=r"mask\.png: a JPEG blurs"):
@@ -202,12 +205,12 @@ for path in sys.argv[2:]:
 
 
 def test_a_bomb_takes_no_memory_and_a_large_picture_brings_no_warning(tmp_path):
-    """In a process of its own, for its memory and its stderr: 3,600 megapixels, 100, of which Pillow would warn, and
-    30, the most that the challenge has."""
+    """Runs in its own process, to measure memory and stderr. 3,600 megapixels; 100, at which Pillow would warn; 30, the
+    largest in the challenge."""
     (tmp_path / "bomb.png").write_bytes(BOMB)
     Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
     Image.new("L", (6748, 4499), 99).save(tmp_path / "real.jpg")
-    # An orientation of type ASCII; four tags more.
+    # An orientation stored as text; a tag count that is too high.
     COLOR.save(tmp_path / "odd_turn.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\x006\0\0\0")
     COLOR.save(tmp_path / "odd_tags.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0" + b"\x12\x01\x03\0" * 9)
     paths = [tmp_path / name for name in ("bomb.png", "large.png", "real.jpg", "odd_turn.jpg", "odd_tags.jpg")]
@@ -219,7 +222,7 @@ def test_a_bomb_takes_no_memory_and_a_large_picture_brings_no_warning(tmp_path):
 
 
 TURNED = struct.pack("<HHLL", 0x0112, 3, 1, 6)  # an entry of EXIF: tag, type, count, value
-# At which Pillow's `exif_transpose` fails: a header cut off, a text where a fraction is due.
+# Pillow's `exif_transpose` fails on these: a truncated header, text instead of a fraction.
 ODD_EXIF = {
     "header": (b"II*\0", (48, 64)),
     "fraction": (b"II*\0\x08\0\0\0\x02\0" + TURNED + struct.pack("<HHLLL", 0x011A, 2, 2, 0x36, 0), (64, 48)),
@@ -227,7 +230,7 @@ ODD_EXIF = {
 
 
 @pytest.mark.parametrize("name", ODD_EXIF)
-def test_odd_notes_beside_the_pixels_are_no_reason_to_refuse_them(tmp_path, name):
+def test_damaged_exif_does_not_prevent_reading(tmp_path, name):
     exif, size = ODD_EXIF[name]
     for kind, picture, read in (
         ("jpg", COLOR, read_image),
@@ -239,7 +242,7 @@ def test_odd_notes_beside_the_pixels_are_no_reason_to_refuse_them(tmp_path, name
 
 
 def test_a_large_photograph_is_read_the_same_turned_or_not(tmp_path):
-    """A JPEG is decoded at a fraction of its size; not at less than it is shrunk to, whichever way it is turned."""
+    """A JPEG is decoded at a fraction of its size, but never below the final size, in any orientation."""
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1600, 2400), np.uint8)).resize((1600, 2400))
     upright.save(tmp_path / "upright.jpg", quality=95)
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", quality=95, exif=orientation(6))
@@ -269,14 +272,14 @@ def test_predict_names_each_bad_picture_in_a_line_and_does_the_good_ones(run, tm
     for name, write in {**BAD, "a.png": GREY.save, ".b.png": GREY.save}.items():
         write(tmp_path / "in" / name)
     (tmp_path / "in" / "half_plain.png").write_bytes(b"")
-    names = [name for name in os.listdir("in") if predict.Path(name).suffix in predict.SUFFIXES and name[0] != "."]
+    names = [name for name in os.listdir("in") if predict.Path(name).suffix in SUFFIXES and name[0] != "."]
     stems = [predict.Path(name).stem for name in names]
     for name in {name for name in names if stems.count(predict.Path(name).stem) > 1}:
         os.rename(f"in/{name}", f"in/{name.replace('.', '_')}{predict.Path(name).suffix}")
     bad = [name for name in sorted(os.listdir("in")) if name not in ("a.png", ".b.png", "folder.png")]
-    bad = [name for name in bad if predict.Path(name).suffix in predict.SUFFIXES]
+    bad = [name for name in bad if predict.Path(name).suffix in SUFFIXES]
     code, errors = run("in", "--overlay")
-    errors = [line for line in errors if line.startswith("error: ")]  # libtiff has a line of its own
+    errors = [line for line in errors if line.startswith("error: ")]  # libtiff prints a line too
     assert code == 2
     assert len(errors) == len(bad) > 20
     for name, error in zip(bad, errors):
@@ -291,7 +294,7 @@ def test_predict_gives_every_unusual_picture_its_mask_and_its_overlay(run, tmp_p
     kinds = {name.replace(".", "_") + os.path.splitext(name)[1]: write for name, write in GOOD.items()}
     for name, write in kinds.items():
         write(tmp_path / "in" / name)
-    files = [str(path) for path in sorted((tmp_path / "in").iterdir())]  # by name: .gif is not looked for in a folder
+    files = [str(path) for path in sorted((tmp_path / "in").iterdir())]
     assert run(*files, "--overlay") == (0, [])
     for path in files:
         stem = predict.Path(path).stem
@@ -316,7 +319,7 @@ NAMES = (
 )
 
 
-def test_any_name_is_a_name(run, tmp_path):
+def test_any_file_name_is_accepted(run, tmp_path):
     for name in NAMES:
         GREY.save(tmp_path / f"{name}.png")
     assert run("--uncertainty", "--passes", "1", "--", *(f"{name}.png" for name in NAMES)) == (0, [])
@@ -342,7 +345,7 @@ def test_paths_with_dots_and_links_and_other_sizes(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nowhere.png", "loop.png", "pipe.png", "device.png", "folder.png/x.png"])
-def test_predict_refuses_a_file_that_is_none(run, tmp_path, name):
+def test_predict_refuses_what_is_not_a_regular_file(run, tmp_path, name):
     for made in "nowhere.png", "loop.png", "pipe.png", "device.png", "folder.png":
         BAD[made](tmp_path / made)
     code, errors = run(name)
@@ -369,7 +372,7 @@ def test_ten_thousand_files_in_a_folder(run, tmp_path):
     assert os.listdir("out") == ["a_segmentation.png"]
     for n in range(10_000):
         os.rename(f"in/{n}_segmentation.png", f"in/{n}.png")
-    assert len(predict.find_images(["in"])) == 10_001
+    assert len(predict.find_images(["in"])[0]) == 10_001
 
 
 # ----------------------------------------------------------------------------------------------------------- data.py
@@ -396,3 +399,217 @@ def test_data_isic_names_a_bad_picture_whatever_it_is(tmp_path, monkeypatch, cap
             assert error[0].startswith(f"error: {spoiled.relative_to(tmp_path)}: "), name
             os.rmdir(spoiled) if name == "folder.png" else os.unlink(spoiled)
     assert os.listdir(tmp_path) == ["isic"]
+
+
+# ------------------------------------------------------------------------------------------- labels that are not a mask
+
+
+ROWS, COLUMNS = np.indices((96, 128))
+DISC = (ROWS - 48) ** 2 + (COLUMNS - 60) ** 2 < 30**2
+RIM = binary_dilation(DISC, iterations=3) & ~binary_erosion(DISC, iterations=3)
+RULER = ROWS > 85
+
+
+def voc(pixels):
+    """A palette picture with the colours of Pascal VOC: black, dark red, green, and cream for index 255."""
+    picture = Image.fromarray(pixels.astype(np.uint8), "P")
+    colors = np.zeros((256, 3), np.uint8)
+    colors[[1, 2, 255]] = (128, 0, 0), (0, 128, 0), (224, 224, 192)
+    picture.putpalette(colors.tobytes())
+    return picture
+
+
+def grey(pixels, kind=np.uint8):
+    return Image.fromarray(pixels.astype(kind))
+
+
+LABELS = {  # what is saved, and the values that the message names
+    "ignored rim.png": (grey(np.where(RIM, 255, DISC)), "3 values: 0, 1, 255;"),
+    "ignored corner.png": (grey(np.where(RULER & (COLUMNS < 9), 255, DISC)), "3 values: 0, 1, 255;"),
+    "ruler.png": (grey(DISC + 2 * RULER), "3 values: 0, 1, 2;"),
+    "thin ruler.png": (grey(255 * DISC + 100 * (ROWS == 90)), "3 values: 0, 100, 255;"),
+    "without black.png": (grey(1 + DISC), "2 values: 1, 2;"),
+    "two greys.bmp": (grey(50 + 150 * DISC), "2 values: 50, 200;"),
+    "dark label.png": (grey(250 * DISC + 3 * RULER), "3 values: 0, 3, 250;"),
+    "grey rim.png": (grey(np.where(RIM, 128, 255 * DISC)), "3 values: 0, 128, 255;"),
+    "many labels.gif": (grey(ROWS // 10), "10 values: 0, 1, 2, 3, 4, 5, ...;"),
+    "void.png": (voc(np.where(RIM, 255, DISC)), "3 colours: (0, 0, 0), (128, 0, 0), (224, 224, 192);"),
+    "two classes.png": (voc(DISC + 2 * RULER), "3 colours: (0, 0, 0), (0, 128, 0), (128, 0, 0);"),
+    "no black.png": (voc(np.where(DISC, 1, 255)), "2 colours: (128, 0, 0), (224, 224, 192);"),
+    "16 bits.png": (grey(DISC + 2 * RULER, np.uint16), "3 values: 0, 1, 2;"),
+    "16 bits rim.tif": (grey(np.where(RIM, 65535, DISC), np.uint16), "3 values: 0, 1, 65535;"),
+    "32 bits.tif": (grey(np.where(RIM, 255, DISC), np.int32), "3 values: 0, 1, 255;"),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_that_are_not_a_mask_are_refused_with_their_values(tmp_path, name):
+    picture, found = LABELS[name]
+    picture.save(tmp_path / name)
+    with pytest.raises(UserError) as refusal:
+        open_mask(tmp_path / name)
+    assert str(refusal.value).startswith(f"{tmp_path / name}: not a mask, it has {found} save it with two")
+
+
+LARGE = grey(255 * np.kron(DISC, np.ones((4, 4))))
+INTERPOLATED = {
+    "half.png": (LARGE.resize((256, 192), Image.Resampling.BILINEAR), 2),
+    "third.png": (LARGE.resize((171, 128), Image.Resampling.BICUBIC), 4 / 3),
+    "lanczos.png": (LARGE.resize((256, 192), Image.Resampling.LANCZOS), 2),
+    "boxes.png": (LARGE.resize((200, 150), Image.Resampling.BOX), 200 / 128),
+    "turned.png": (LARGE.rotate(30, Image.Resampling.BICUBIC, center=(242, 194)), 4),
+    "larger.png": (grey(255 * DISC).resize((640, 480), Image.Resampling.BICUBIC), 5),
+    "dim.png": (LARGE.resize((640, 480), Image.Resampling.BILINEAR).point(lambda v: v * 100 // 255), 5),
+}
+
+
+@pytest.mark.parametrize("name", INTERPOLATED)
+def test_a_mask_with_the_grey_of_an_interpolated_edge_is_read(tmp_path, name):
+    picture, scale = INTERPOLATED[name]
+    assert len(np.unique(picture)) > 2
+    picture.save(tmp_path / name)
+    read = np.asarray(open_mask(tmp_path / name))
+    assert set(np.unique(read)) == {0, 255}
+    assert np.mean(read == 255) == pytest.approx(DISC.mean(), rel=0.02)
+    rows, columns = np.nonzero(read)
+    assert np.array([rows.mean(), columns.mean()]) / scale == pytest.approx([48, 60], abs=0.6)
+
+
+def layer(color, alpha):
+    return Image.merge("RGBA", [*(Image.new("L", (128, 96), c) for c in color), grey(alpha)])
+
+
+@pytest.mark.parametrize(
+    "painted",
+    [layer((0, 0, 0), 255 * DISC), layer((0, 0, 0), 200 * DISC), layer((0, 0, 0), 255 * DISC).convert("LA")],
+    ids=["opaque", "half", "grey"],
+)
+def test_black_paint_on_a_transparent_layer_is_explained(tmp_path, painted):
+    painted.save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"x\.png: all that is painted is black.*; paint the lesion white"):
+        open_mask(tmp_path / "x.png")
+
+
+# -------------------------------------------------------------------------------------- inverted masks, orientations
+
+
+INVERSE = 255 * ~DISC
+INVERTED_MASKS = {
+    "white skin.png": grey(INVERSE),
+    "all white.png": grey(255 + 0 * INVERSE),
+    "erased.png": layer((255, 255, 255), INVERSE),
+    "on painted skin.png": Image.merge("RGB", [grey(200 * ~DISC), grey(120 * ~DISC), grey(90 * ~DISC)]),
+}
+
+
+@pytest.mark.parametrize("name", INVERTED_MASKS)
+def test_an_inverted_mask_is_noticed_by_its_corners(tmp_path, name):
+    INVERTED_MASKS[name].save(tmp_path / name)
+    cover = mask_cover(np.asarray(open_mask(tmp_path / name)))
+    assert inverted_warning([cover]).startswith("1 of 1 masks cover all four corners of their picture: is the lesion")
+    assert inverted_warning([(False, 0.2), cover, cover]).startswith("2 of 3 masks")
+
+
+def test_a_tiff_in_which_white_is_zero_is_inverted(tmp_path):
+    tifffile.imwrite(tmp_path / "x.tif", DISC, photometric="miniswhite")
+    assert inverted_warning([mask_cover(np.asarray(open_mask(tmp_path / "x.tif")))])
+
+
+def test_large_masks_are_named_only_if_they_are_many():
+    large, small = (False, 0.6), (False, 0.3)
+    assert inverted_warning([large, large, small, small]).startswith("2 of 4 masks cover over half of their picture")
+    assert inverted_warning([large, small, small, small]) is None  # not more than a quarter
+    assert inverted_warning([large, large, large]) is None  # fewer than four
+    assert inverted_warning([(False, 0.5)] * 8) is None
+    assert inverted_warning([]) is None
+
+
+@pytest.mark.parametrize("number", range(2, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif"])
+def test_the_other_way_is_what_a_program_without_exif_shows(tmp_path, number, kind):
+    square = grey(np.arange(60 * 60).reshape(60, 60) % 251)
+    square.save(tmp_path / f"x.{kind}", exif=orientation(number), **({"quality": 100} if kind == "jpg" else {}))
+    with pictures.open_picture(tmp_path / f"x.{kind}") as picture:
+        found = pictures.orientation(picture)
+        upright = np.asarray(pictures.upright(picture))
+    assert found == number
+    assert not pictures.size_tells(found, (60, 60))
+    assert pictures.size_tells(found, (60, 61)) == (number > 4)
+    assert np.abs(pictures.other_way(np.asarray(square), found).astype(int) - upright).max() <= 3
+
+
+# --------------------------------------------------------------------------------------------------- files of a folder
+
+
+def fill(folder, names):
+    """Write files: pictures by Pillow's format, or bytes."""
+    for name, content in names.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            COLOR.save(folder / name, content)
+
+
+HEIC, DICOM = b"\0\0\0\x18ftypheic" + bytes(200), bytes(128) + b"DICM" + bytes(100)
+
+
+def test_pictures_are_listed_by_suffix_or_content_and_the_rest_is_named(tmp_path):
+    read = {"a.JPE": "JPEG", "b.jfif": "JPEG", "c.gif": "GIF", "d.jp2": "JPEG2000", "e.dib": "BMP", "f.pnm": "PPM"}
+    read |= {"g.xyz": "PNG", "h": "JPEG", "i.001": "TIFF", "broken.jpg": b"text"}
+    left = {"p.HEIC": HEIC, "q": HEIC, "r": DICOM, "s.dcm": b"?", "t.NEF": "TIFF", "u.txt": b"notes"}
+    ignored = {".x.jpg": "JPEG", "y.png~": "PNG", "y.png.bak": "PNG", "z.jpg.part": "JPEG", "Thumbs.db": b"?"}
+    ignored |= {f"{name}/x.jpg": "JPEG" for name in ("@eaDir", "#recycle", "lost+found", "__MACOSX", ".git")}
+    fill(tmp_path, {**read, **left, **ignored, "old/x.jpg": "JPEG"})
+    found, left_out = pictures.list_images(tmp_path)
+    assert [os.path.basename(path) for _, path in found] == sorted(read)
+    assert [name for name, _ in found] == [name.partition(".")[0] for name in sorted(read)]
+    assert sorted(os.path.basename(path) for path, _ in left_out) == sorted([*left, "old"])
+    line = pictures.left_out_line(left_out)
+    assert line.startswith("left out: 6 files (p.HEIC, q, r, s.dcm, t.NEF, ...), 1 folder (old); export HEIC, DICOM")
+    assert "--recursive" in line
+
+
+def test_subfolders_are_read_with_their_names(tmp_path):
+    fill(tmp_path, dict.fromkeys(("a.jpg", "s/a.jpg", "s/t/b.png", "@eaDir/c.jpg", "out/d.jpg"), "JPEG"))
+    (tmp_path / "s" / "circle").symlink_to(tmp_path)
+    found, left_out = pictures.list_images(tmp_path, recursive=True, without=[tmp_path / "out"])
+    assert [name for name, _ in found] == ["a", "s__a", "s__t__b"]
+    assert [os.path.basename(path) for path, _ in left_out] == ["circle"]
+    fill(tmp_path, {"s__a.png": "PNG"})
+    with pytest.raises(UserError, match=r"s/a\.jpg and .*s__a\.png have the same id, s__a"):
+        pictures.one_of_each(pictures.list_images(tmp_path, recursive=True)[0])
+
+
+def test_masks_of_any_format_without_losses_are_matched(tmp_path):
+    (tmp_path / "m").mkdir()
+    names = ["a.PNG", "B_Segmentation.bmp", "c_SEGMENTATION.gif", "d.tif", "e.pgm", "f.webp", "g", "h.png", "h.jpg"]
+    kinds = ["PNG", "BMP", "GIF", "TIFF", "PPM", "WEBP", "PNG", "PNG", "JPEG"]
+    for name, kind in zip(names, kinds):
+        grey(255 * DISC).save(tmp_path / "m" / name, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    for name in "h.json", "h.xcf", "h.png~":
+        (tmp_path / "m" / name).write_text("{}")
+    grey(255 * DISC).save(tmp_path / "m" / "i.webp", quality=80)
+    grey(255 * DISC).save(tmp_path / "m" / "j.jpg")
+    masks, alone, left_out = pictures.match_masks(tmp_path / "m", {name: f"{name}.jpg" for name in "abcdefghij"})
+    assert {name: os.path.basename(path) for name, path in masks.items()} == dict(zip("abcdefgh", names))
+    assert alone == []
+    assert sorted((os.path.basename(path), reason) for path, reason in left_out) == [
+        ("h.json", "other"),
+        ("h.xcf", "other"),
+        ("i.webp", "lossy"),
+        ("j.jpg", "lossy"),
+    ]
+    for name in names[:7]:
+        np.testing.assert_array_equal(np.asarray(open_mask(tmp_path / "m" / name)), 255 * DISC)
+    with pytest.raises(UserError, match=r"i\.webp: a lossy WebP blurs"):
+        open_mask(tmp_path / "m" / "i.webp")
+
+
+def test_an_ambiguous_mask_is_refused(tmp_path):
+    fill(tmp_path, {"a.png": "PNG", "A_segmentation.bmp": "BMP"})
+    with pytest.raises(UserError, match=r"A_segmentation\.bmp and .*a\.png are both masks of x/a\.jpg"):
+        pictures.match_masks(tmp_path, {"a": "x/a.jpg"})
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"A_segmentation\.bmp fits both x/a\.jpg and x/A\.jpg"):
+        pictures.match_masks(tmp_path, {"a": "x/a.jpg", "A": "x/A.jpg"})

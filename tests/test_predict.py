@@ -1,15 +1,20 @@
-"""predict.py: masks at the image's own size, the folders that the challenge's scorer takes, bad images among good; what
-it says of their quality, against that scorer; and its options, each against a way of its own."""
+"""predict.py: masks at the image's own size, in folders that the challenge's scorer reads; bad images among good ones;
+the metrics, compared with that scorer; each option, checked by an independent route."""
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from conftest import blobs
+from conftest import ROOT, blobs
 from isic_challenge_scoring.segmentation import SegmentationScore
 from PIL import Image
 from scipy import ndimage
@@ -17,6 +22,7 @@ from scipy.stats import binom
 
 import predict
 from data import draw_row, normalise
+from pictures import TURNS
 from unet import build_unet, load_unet, save_unet
 from utils import read_csv, segmentation_metrics
 
@@ -125,8 +131,8 @@ def test_normalisation_comes_with_the_weights(lesions, unet_weights, monkeypatch
         (["truth"], "truth: no image in this folder"),
         (["images", "images/ISIC_0000003.jpg"], "would have the same mask"),
         (["images", "--passes", "0", "--uncertainty"], "--passes 0: must be at least 1"),
-        (["images", "--passes", "9"], "--passes 9: the masks need none; give --uncertainty"),
-        (["images", "--weights", "images/metadata.csv"], "metadata.csv: these are no weights"),
+        (["images", "--passes", "9"], "--passes 9: only --uncertainty uses passes"),
+        (["images", "--weights", "images/metadata.csv"], "metadata.csv: not a weights file of train.py"),
         (["images", "--weights", "nowhere.weights.h5"], "nowhere.weights.h5: there is no such weights file"),
     ],
 )
@@ -139,7 +145,7 @@ def test_a_users_mistake_writes_nothing(lesions, unet_weights, monkeypatch, argu
 
 
 def odd_images(folder, grey):
-    """Files that are unusual and yet pictures: name -> the size (height, width) that their masks must have."""
+    """Save unusual but valid pictures: a dict of name to the size (height, width) that the mask must have."""
     picture, (height, width) = Image.fromarray(grey), grey.shape
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -175,7 +181,7 @@ def test_odd_but_readable_images_get_their_masks(unet_weights, tmp_path, monkeyp
             assert set(np.unique(mask)) <= {0, 255}
 
 
-def test_a_name_that_begins_with_a_dash_follows_two(unet_weights, tmp_path, monkeypatch):
+def test_a_name_that_begins_with_a_dash_is_given_after_two_dashes(unet_weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     odd_images(tmp_path, np.full((48, 64), 99, np.uint8))
     run_main(monkeypatch, "--weights", unet_weights, "--out", "out", "--", "-dash.png")
@@ -188,7 +194,7 @@ METRICS = "dice", "jaccard", "sensitivity", "specificity", "accuracy", "threshol
 
 
 def of_scorer(truth, masks):
-    """The challenge's own means, as a dict."""
+    """The means from the challenge's scorer, as a dict."""
     return SegmentationScore.from_dir(truth, masks).macro_average.to_dict()
 
 
@@ -199,7 +205,7 @@ def printed_table(text):
 
 
 def test_the_metrics_are_those_of_the_challenges_scorer(run_script, lesions, unet_weights):
-    Image.new("RGB", (300, 200), (190, 190, 190)).save(lesions / "images" / "ISIC_0000002.jpg")  # nothing to be found
+    Image.new("RGB", (300, 200), (190, 190, 190)).save(lesions / "images" / "ISIC_0000002.jpg")  # no lesion
     Image.fromarray(np.pad(np.full((50, 60), 255, np.uint8), ((0, 150), (0, 240)))).save(
         lesions / "truth" / "ISIC_0000002_segmentation.png"
     )
@@ -227,7 +233,7 @@ def test_rating_equals_the_challenges_scorer_on_random_and_extreme_masks(tmp_pat
     masks = [values + 0.02 * rng.standard_normal(values.shape) > np.median(values) for values in noise]
     masks[0][:], masks[1][:], truths[2][:] = False, True, 255
     truths[3], masks[4] = np.pad([[255]], ((0, 36), (0, 52))), truths[4] > 0  # one pixel; a perfect mask
-    edges = rng.choice(np.argwhere(truths[5] > 0), 15)
+    edges = rng.choice(np.argwhere((truths[5] > 0) & ~ndimage.binary_erosion(truths[5] > 0, border_value=1)), 15)
     truths[5][tuple(edges.T)] = np.arange(121, 136)  # grey at the edges, on both sides of the scorer's limit
     for n, (truth, mask) in enumerate(zip(truths, masks)):
         for folder, pixels in ("truth", truth), ("mask", mask * 255):
@@ -264,31 +270,31 @@ def test_what_cannot_be_rated_is_named_and_the_rest_is_rated(lesions, unet_weigh
 def test_a_png_is_not_its_own_true_mask(tmp_path):
     for name in ("a.png", "b.png", "b_segmentation.png"):
         (tmp_path / name).touch()
-    images = predict.find_images([tmp_path])
-    assert predict.find_truths(tmp_path, images) == {tmp_path / "b.png": tmp_path / "b_segmentation.png"}
+    images, _ = predict.find_images([tmp_path])
+    assert predict.find_truths(tmp_path, images)[0] == {tmp_path / "b.png": tmp_path / "b_segmentation.png"}
 
 
 def test_a_true_mask_is_found_whichever_way_an_accented_letter_is_written(tmp_path):
     image, mask = tmp_path / "n\u00e9.jpg", tmp_path / "ne\u0301_segmentation.png"
     image.touch(), mask.touch()
-    assert predict.find_truths(tmp_path, [image]) == {image: mask}
+    assert predict.find_truths(tmp_path, {image: image.stem})[0] == {image: mask}
 
 
-def test_true_masks_of_unclear_ownership_are_refused(tmp_path):
+def test_ambiguous_true_masks_are_refused(tmp_path):
     for name in ("a.jpg", "A.jpg", "a_segmentation.png"):
         (tmp_path / name).touch()
-    with pytest.raises(predict.UserError, match=r"a_segmentation.png is the true mask of .*A.jpg or of .*a.jpg"):
-        predict.find_truths(tmp_path, predict.find_images([tmp_path]))
+    with pytest.raises(predict.UserError, match=r"a_segmentation.png fits both .*A.jpg and .*a.jpg"):
+        predict.find_truths(tmp_path, predict.find_images([tmp_path])[0])
     (tmp_path / "A.jpg").unlink()
     (tmp_path / "a_Segmentation.png").touch()
     with pytest.raises(predict.UserError, match=r"a_Segmentation.png and .*a_segmentation.png are both"):
-        predict.find_truths(tmp_path, predict.find_images([tmp_path]))
+        predict.find_truths(tmp_path, predict.find_images([tmp_path])[0])
 
 
 def test_the_true_masks_are_never_overwritten(lesions, unet_weights, monkeypatch):
     before = {path: path.read_bytes() for path in (lesions / "truth").iterdir()}
     (lesions / "link").symlink_to("truth")
-    with pytest.raises(predict.UserError, match="would overwrite the true ones"):
+    with pytest.raises(predict.UserError, match="would overwrite the true masks"):
         run_main(
             monkeypatch,
             *(lesions / "images", "--weights", unet_weights, "--truth", lesions / "truth", "--out", lesions / "link"),
@@ -298,7 +304,7 @@ def test_the_true_masks_are_never_overwritten(lesions, unet_weights, monkeypatch
 
 @pytest.mark.parametrize("out", ["images", "masks"])
 def test_a_mask_that_a_person_drew_is_never_overwritten(lesions, unet_weights, monkeypatch, out):
-    """Beside its image or not, to be compared with or not; the program's own masks are."""
+    """Whether it is beside its image or not. The program's own masks are overwritten."""
     (lesions / "masks").mkdir()
     arguments = lesions / "images", "--weights", unet_weights, "--out", lesions / out
     run_main(monkeypatch, *arguments)
@@ -323,12 +329,12 @@ def test_a_single_image_has_no_interval(lesions, unet_weights, monkeypatch, caps
     assert len(table) == 6
     for name, (mean, interval) in table.items():
         assert mean == pytest.approx(float(row[name]), abs=1e-4)
-        assert interval == "none: a single image"
+        assert interval == "no interval for a single image"
 
 
 def test_intervals_are_the_bootstraps():
-    """A resample of 40 zeros and ones of which 28 are ones has a binomial number of ones; one of any values has nearly
-    a normal mean."""
+    """In a resample of 28 ones and 12 zeros the number of ones is binomial. The mean of any resample is nearly
+    normal."""
     rng = np.random.default_rng(0)
     values = np.stack([np.arange(40) < 28, np.ones(40), rng.normal(5, 2, 40)]).astype(float)
     mean, low, high = predict.mean_intervals(values)
@@ -343,7 +349,7 @@ def test_intervals_are_the_bootstraps():
 
 
 class Ramp:
-    """A "network" whose probability is the image's grey times a weight that depends on where a pixel is."""
+    """A "network" whose probability is the image's grey times a weight that depends on the pixel's position."""
 
     weights = np.arange(12, dtype=np.float32).reshape(3, 4) / 12
 
@@ -357,7 +363,7 @@ def test_tta_is_the_mean_over_the_mirrored_images(tta):
     batch = [(n, image, (3, 4)) for n, image in enumerate(images)]
     settings = {"mean": [0.0], "std": [255.0]}
     rows = list(predict.predict_batch(Ramp(), settings, batch, predict.Options(Path("out"), tta=tta)))
-    # The weight of a pixel is on average that of the four pixels that it is mirrored to: 5.5, whichever it is.
+    # The mean weight of a pixel and its three mirrored pixels is 5.5 / 12 for every pixel.
     weights = 5.5 / 12 if tta else Ramp.weights
     assert [path for path, *_ in rows] == [0, 1, 2, 3, 4]
     found = np.stack([prediction for _, _, prediction, *_ in rows])
@@ -420,8 +426,8 @@ def test_what_is_above_the_threshold_is_lesion(lesions, unet_weights, monkeypatc
         return np.array(Image.open(lesions / "out/ISIC_0000001_segmentation.png")) > 0, capsys.readouterr().out
 
     (half, text), (high, text_high) = mask_and_text(), mask_and_text("--threshold", "0.97")
-    assert "cut at 0.5\n" in text
-    assert "cut at 0.97\n" in text_high
+    assert "threshold 0.5\n" in text
+    assert "threshold 0.97\n" in text_high
     assert high.sum() < half.sum()
     assert not (high & ~half).any()
 
@@ -479,8 +485,8 @@ def test_a_network_of_three_channels_sees_colours(tmp_path, monkeypatch, capsys)
     assert len(list((tmp_path / "all").rglob("*.png"))) == 3
 
 
-def test_the_weights_that_come_along_outline_a_lesion():
-    """Synthetic ones, of a kind that they were not trained on."""
+def test_the_shipped_weights_outline_a_lesion():
+    """Synthetic lesions, on which they were not trained."""
     assert predict.SHIPPED[0].stat().st_size < 32e6
     model, settings = load_unet(predict.find_weights(None))
     size = [settings[name] for name in ("height", "width", "channels")]
@@ -489,3 +495,174 @@ def test_the_weights_that_come_along_outline_a_lesion():
     inputs = normalise(images, settings["mean"], settings["std"])
     dice = segmentation_metrics(masks, model.predict(inputs, verbose=0)[..., 0] > 0.5)["dice"]
     assert np.median(dice) > 0.8
+
+
+# ------------------------------------------------------------------------------- files and machines as people have them
+
+
+def photograph(folder, unet_weights, exif=None, size=(120, 160)):
+    """A photograph of a disc in the upper left, stored turned if it has an orientation, and its right mask."""
+    y, x = np.indices(size)
+    mask = np.hypot(y - size[0] / 3, x - size[1] / 3) < 25
+    shown = Image.fromarray(np.where(mask, 60, 190).astype(np.uint8))
+    folder.mkdir(exist_ok=True)
+    if exif:
+        back = {5: 5, 6: 8, 7: 7, 8: 6}.get(exif, exif)
+        options = Image.Exif()
+        options[0x0112] = exif
+        shown.transpose(TURNS[back]).save(folder / "a.jpg", exif=options, quality=95)
+    else:
+        shown.save(folder / "a.jpg", quality=95)
+    return np.uint8(255) * mask, ("--weights", unet_weights, "--out", folder.parent / "out")
+
+
+@pytest.mark.parametrize(("exif", "size"), [(2, (120, 160)), (3, (120, 160)), (4, (120, 160)), (6, (144, 144))])
+@pytest.mark.parametrize("right", [True, False])
+def test_a_true_mask_drawn_before_the_turn_is_noticed(unet_weights, tmp_path, monkeypatch, capsys, exif, size, right):
+    mask, options = photograph(tmp_path / "in", unet_weights, exif, size)
+    back = {6: 8}.get(exif, exif)
+    (tmp_path / "truth").mkdir()
+    drawn = Image.fromarray(mask)
+    (drawn if right else drawn.transpose(TURNS[back])).save(tmp_path / "truth" / "a.png")
+    assert run_main(monkeypatch, tmp_path / "in", *options, "--truth", tmp_path / "truth") == 0
+    err = capsys.readouterr().err.splitlines()
+    assert err[0].startswith("warning: 1 mask (a) taken as drawn on the picture as displayed")
+    if right:
+        assert len(err) == 1
+    else:
+        assert err[1].startswith(f"warning: {tmp_path / 'truth' / 'a.png'}: fits the prediction far better if")
+    assert (float(read_csv(tmp_path / "out" / "metrics.csv")[0]["dice"]) > 0.7) == right
+
+
+def test_inverted_true_masks_are_one_warning(lesions, unet_weights, monkeypatch, capsys):
+    for path in (lesions / "truth").iterdir():
+        pixels = np.asarray(Image.open(path))
+        Image.fromarray(255 - pixels).save(path)
+    given = lesions / "images", "--weights", unet_weights, "--out", lesions / "out", "--truth", lesions / "truth"
+    assert run_main(monkeypatch, *given) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("warning: 20 of 20 masks cover all four corners of their picture: is the lesion white")
+    assert err.count("\n") == 1
+
+
+def test_true_masks_of_other_formats_are_found_and_what_is_not_read_is_named(
+    unet_weights, tmp_path, monkeypatch, capsys
+):
+    mask, options = photograph(tmp_path / "in", unet_weights)
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    for name in "b.jfif", "c.xyz", "d.gif", "e", "f.tif":
+        Image.open(tmp_path / "in" / "a.jpg").save(
+            tmp_path / "in" / name, {"b": "JPEG", "d": "GIF", "f": "TIFF"}.get(name[0], "PNG")
+        )
+    for name in "A_Segmentation.BMP", "b.gif", "c.tif", "d_segmentation.ppm", "e.jpg":
+        Image.fromarray(mask).save(truth / name)
+    (tmp_path / "in" / "x.heic").write_bytes(b"?")
+    (tmp_path / "in" / "old").mkdir()
+    assert run_main(monkeypatch, tmp_path / "in", *options, "--truth", truth) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "6 masks" in out
+    assert "not evaluated (no true mask): 2 images (e, f)" in out
+    assert out.splitlines()[-1].startswith("left out: 2 files (x.heic, e.jpg), 1 folder (old); export HEIC")
+    assert [row["id"] for row in read_csv(tmp_path / "out" / "metrics.csv")] == ["a", "b", "c", "d"]
+    assert min(float(row["dice"]) for row in read_csv(tmp_path / "out" / "metrics.csv")) > 0.7
+
+
+def test_lossy_true_masks_alone_are_an_error_that_names_them(unet_weights, tmp_path, monkeypatch):
+    mask, options = photograph(tmp_path / "in", unet_weights)
+    (tmp_path / "truth").mkdir()
+    Image.fromarray(mask).save(tmp_path / "truth" / "a.jpg")
+    with pytest.raises(
+        predict.UserError, match=r"truth: no true mask of any image.*left out: 1 file \(a\.jpg\); lossy"
+    ):
+        run_main(monkeypatch, tmp_path / "in", *options, "--truth", tmp_path / "truth")
+
+
+def test_subfolders_are_predicted_on_request(unet_weights, tmp_path, monkeypatch, capsys):
+    photos = tmp_path / "in"
+    mask, _ = photograph(photos, unet_weights)
+    for name in "s/a.jpg", "s/t/a.jpg":
+        (photos / name).parent.mkdir()
+        shutil.copy(photos / "a.jpg", photos / name)
+    (photos / "truth" / "s").mkdir(parents=True)
+    for name in "a.png", "s/a_segmentation.png":
+        Image.fromarray(mask).save(photos / "truth" / name)
+    given = photos, "--weights", unet_weights, "--out", photos / "out", "--truth", photos / "truth", "--overlay"
+    assert run_main(monkeypatch, *given) == 0
+    assert "left out: 2 folders (s, s)" in capsys.readouterr().out
+    for _ in range(2):  # the second time, the results are in a subfolder of the input
+        assert run_main(monkeypatch, *given, "--recursive") == 0
+        out, err = capsys.readouterr()
+        assert (err, "3 masks" in out, "left out" in out) == ("", True, False)
+        masks = sorted(path.name for path in (photos / "out").glob("*.png"))
+        assert masks == [f"{name}_segmentation.png" for name in ("a", "s__a", "s__t__a")]
+        assert [row["id"] for row in read_csv(photos / "out" / "metrics.csv")] == ["a", "s__a"]
+        assert (photos / "out" / "overlay" / "s__t__a_overlay.png").exists()
+    shutil.copy(photos / "a.jpg", photos / "s__a.jpg")
+    with pytest.raises(predict.UserError, match=r"s/a\.jpg and .*s__a\.jpg would have the same mask"):
+        run_main(monkeypatch, *given, "--recursive")
+
+
+class Idle:
+    """A network that finds nothing."""
+
+    def predict_on_batch(self, inputs):
+        return np.zeros((len(inputs), 48, 64, 1), np.float32)
+
+
+@pytest.mark.parametrize(("cores", "side", "most"), [(2, 100, 4), (16, 100, 32), (16, 1000, 3), (64, 2500, 1)])
+def test_what_is_under_way_at_once_is_limited_by_cores_and_pixels(tmp_path, monkeypatch, cores, side, most):
+    """Room for 3 megapixels; the larger pictures have 6."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(predict, "PIXELS", 3_000_000)
+    under_way, highest, lock = [], [], threading.Lock()
+
+    def counted(function):
+        def call(*arguments):
+            with lock:
+                under_way.append(1)
+                highest.append(len(under_way))
+            try:
+                time.sleep(0.02)
+                return function(*arguments)
+            finally:
+                with lock:
+                    under_way.pop()
+
+        return call
+
+    for name in "read", "save_results":
+        monkeypatch.setattr(predict, name, counted(getattr(predict, name)))
+    for n in range(40 if side == 100 else 8):
+        Image.new("L", (side, side), 99).save(tmp_path / f"{n}.png")
+    images, _ = predict.find_images([tmp_path])
+    settings = {"height": 48, "width": 64, "channels": 1, "mean": [0.0], "std": [1.0]}
+    results, errors = predict.predict_all(images, Idle(), settings, predict.Options(tmp_path / "out"))
+    assert (len(results), errors) == (len(images), [])
+    assert max(highest) <= most
+    if side == 100:
+        assert max(highest) > most / 4
+
+
+MEMORY = """
+import os, resource, sys
+os.sched_getaffinity = lambda _: set(range(16))
+sys.path.insert(0, sys.argv.pop(1))
+import predict
+assert predict.main() == 0
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_large_photographs_take_little_memory_on_a_machine_of_many_cores(unet_weights, tmp_path):
+    """16 cores are seen. Each of the pictures would take about 400 MB if all were read and written at once."""
+    (tmp_path / "in").mkdir()
+    Image.effect_noise((6000, 4000), 60).save(tmp_path / "in" / "0.png", compress_level=1)
+    for n in range(1, 12):
+        os.link(tmp_path / "in" / "0.png", tmp_path / "in" / f"{n}.png")
+    command = [sys.executable, "-c", MEMORY, ROOT, "in", "--weights", unet_weights, "--out", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 2_500_000  # kB

@@ -1,4 +1,4 @@
-"""reproduce.py: what each arm changes, the statistics by hand, and the whole of it on a few images."""
+"""reproduce.py and experiment.py: what each arm changes, the statistics by hand, and a whole small experiment."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ RUNS = [Run(regime, arm, 1) for regime in REGIMES for arm in ARMS]
 def test_every_arm_trains_as_long_on_as_many_annotations(run):
     config = configure(run, PAPER)
     steps = config.initial_steps + config.iterations * config.active_steps
-    assert steps == 10 * 19 + 9 * 2 * 24  # 600 and 757 images in batches of 32
+    assert steps == 6000 + 9 * 2 * 24  # 757 images in batches of 32
     assert config.initial + config.pool == 1600
     annotations = config.initial + config.iterations * config.asked
     at_first, at_the_end = {"scarce": (100, 415), "paper": (600, 915)}[run.regime]
@@ -97,7 +97,7 @@ def test_arms_share_the_iterations_in_which_they_do_not_differ(one, other, share
 
 
 def test_the_interval_covers_seeds_and_images():
-    """Of independent seeds and images the mean's variance is that of both means added; the interval is normal."""
+    """For independent seeds and images, the variance of the mean is the sum of both means' variances."""
     rng = np.random.default_rng(0)
     seeds, images = rng.normal(0, 0.3, 30), rng.normal(0, 1, 300)
     values = 0.1 + seeds[:, None] + images
@@ -109,7 +109,7 @@ def test_the_interval_covers_seeds_and_images():
 
 def test_the_interval_over_seeds_takes_the_images_as_they_are():
     values = np.array([[0.1, 0.3], [0.4, 0.2], [0.6, 0.8]])  # means of seeds 0.2, 0.3, 0.7
-    half = 4.302653 * np.std([0.2, 0.3, 0.7], ddof=1) / np.sqrt(3)  # Student's t of two degrees of freedom
+    half = 4.302653 * np.std([0.2, 0.3, 0.7], ddof=1) / np.sqrt(3)  # Student's t with two degrees of freedom
     assert interval_over_seeds(values) == pytest.approx((0.4 - half, 0.4 + half))
 
 
@@ -117,10 +117,10 @@ def test_the_area_is_the_curves_mean_height():
     # From 100 to 200 at 0.75 on average, from 200 to 400 at 0.9: (100 * 0.75 + 200 * 0.9) / 300.
     assert area([100, 200, 400], [0.7, 0.8, 1.0]) == pytest.approx(0.85)
     assert area([100, 200], np.array([[0, 1], [0.2, 0.4]])).tolist() == pytest.approx([0.5, 0.3])
-    assert area([100, 100, 100], [0.7, 0.8, 1.0]) == pytest.approx(0.825)  # nobody is asked
+    assert area([100, 100, 100], [0.7, 0.8, 1.0]) == pytest.approx(0.825)  # no queries
 
 
-def test_where_nobody_is_asked_the_curve_stands_beside_the_others(tmp_path, monkeypatch):
+def test_an_arm_without_queries_is_drawn_beside_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save_figure", lambda figure, path, vector: drawn.append(figure))
     drawn = []
     asked = {"random": [100, 135, 170], "no_queries": [100] * 3, "full_in_stages": [1600] * 3, "full": [1600]}
@@ -173,7 +173,7 @@ def test_the_regions_are_counted_as_the_paper_draws_them():
     assert found["dice_pool"] == pytest.approx(dice.mean(), abs=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------- the whole of it
+# -------------------------------------------------------------------------------------------------- a whole experiment
 
 TINY = """--filters 2 --initial 12 --pool 40 --test 6 --initial-steps 4 --active-steps 3 --batch-size 4 --passes 2
 --iterations 2 --no-detection 1 --most-uncertain 1 --random 2 --pseudo-start 2 --pseudo-first 2 --pseudo-step 2"""
@@ -186,7 +186,7 @@ def start(monkeypatch, *arguments):
 
 @pytest.fixture(scope="module")
 def reproduction(tmp_path_factory):
-    """Three arms, two of which share iterations, and two seeds; returns the folder in which it was run."""
+    """Three arms, two of them with common iterations, and two seeds. Returns the working folder."""
     folder = tmp_path_factory.mktemp("reproduction")
     data = write_blobs(folder / "blobs.h5", 60, 32, 32)
     arguments = ["--out", "res", "--seeds", 2, "--regimes", "scarce", "--arms", "no_pseudo,ceal,random", "--jobs", 2]
@@ -228,7 +228,7 @@ def test_a_record_holds_each_test_images_dice_and_no_weights(reproduction):
 
 
 def test_a_record_holds_all_iterations_in_their_order(tmp_path):
-    """Of as many test images each, and of more than a hundred iterations, without one that was moved away."""
+    """There are more than a hundred, an old folder is ignored, and all must have the same number of test images."""
     for k in range(102):
         write_csv(tmp_path / "run" / f"iteration_{k:02d}" / "test.csv", ["id", "dice"], [["a", k / 200], ["b", 1]])
     write_csv(tmp_path / "run" / "history.csv", ["iteration"], [[k] for k in range(102)])
@@ -245,11 +245,11 @@ def test_a_record_holds_all_iterations_in_their_order(tmp_path):
 
 
 def test_an_arm_that_begins_with_anothers_iterations_is_the_same_as_one_that_does_not(reproduction, monkeypatch):
-    """The later arm, done alone."""
+    """The arm `ceal`, which began with iterations of `no_pseudo`, is run again alone."""
     monkeypatch.chdir(reproduction)
     config = json.loads((reproduction / "runs/res/scarce-ceal-1/config.json").read_text())
     assert (config["pseudo_first"], config["run"]) == (2, "runs/res/scarce-ceal-1")
-    # As many jobs: the number of threads changes how sums are rounded.
+    # The same number of jobs, because the number of threads changes how sums are rounded.
     arguments = ["--out", "alone", "--regimes", "scarce", "--only", "ceal,1", "--jobs", 2]
     start(monkeypatch, *arguments, "--data", "blobs.h5", *TINY.split())
     weights = []
@@ -263,7 +263,7 @@ def test_an_arm_that_begins_with_anothers_iterations_is_the_same_as_one_that_doe
     assert not (reproduction / "alone" / "table.csv").exists()
 
 
-def test_what_is_done_is_not_done_again(reproduction, monkeypatch, capsys):
+def test_finished_runs_are_not_done_again(reproduction, monkeypatch, capsys):
     monkeypatch.chdir(reproduction)
     monkeypatch.setattr(reproduce, "start", lambda *_: pytest.fail("a run was started"))
     arguments = ["--out", "res", "--seeds", 2, "--regimes", "scarce", "--arms", "ceal,random"]
@@ -288,7 +288,7 @@ def test_records_of_different_data_are_refused_by_name(reproduction, monkeypatch
     monkeypatch.chdir(tmp_path)
     changed = tmp_path / "res/records/scarce-ceal-1/environment.json"
     changed.write_text(json.dumps({**json.loads(changed.read_text()), "data_fingerprint": "0"}))
-    with pytest.raises(UserError, match=r"scarce-ceal-1 and .*scarce-random-2 were made with different --data"):
+    with pytest.raises(UserError, match=r"scarce-ceal-1 and .*scarce-random-2 differ in their --data"):
         start(monkeypatch, "--out", "res", "--report", *TINY.split())
 
 
@@ -317,14 +317,14 @@ def test_a_damaged_record_is_refused_by_name(reproduction, monkeypatch, tmp_path
         start(monkeypatch, "--out", "res", "--report", *TINY.split())
 
 
-def test_a_record_under_way_is_no_record_and_a_strange_one_is_named(reproduction, monkeypatch, tmp_path):
+def test_an_unfinished_record_is_ignored_and_an_unknown_one_is_named(reproduction, monkeypatch, tmp_path):
     shutil.copytree(reproduction / "res" / "records", tmp_path / "res" / "records")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "res/records/.partial-scarce-bald-1").mkdir()
     start(monkeypatch, "--out", "res", "--report", *TINY.split())
     for strange in "scarce-ceal-1-old", "scarce-cael-1":
         (tmp_path / "res/records" / strange).mkdir()
-        with pytest.raises(UserError, match=f"{strange}: no record"):
+        with pytest.raises(UserError, match=f"{strange}: not the name of a record"):
             start(monkeypatch, "--out", "res", "--report", *TINY.split())
         (tmp_path / "res/records" / strange).rmdir()
 

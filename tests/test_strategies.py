@@ -1,4 +1,4 @@
-"""strategies.py: what each strategy selects, and that a new one needs nothing but its entry in the table."""
+"""strategies.py: what each strategy selects, and that a new one needs only an entry in the table."""
 
 import subprocess
 import sys
@@ -11,11 +11,11 @@ from conftest import ROOT
 import ceal
 from config import Config
 from experiment import ARMS
-from strategies import STRATEGIES, none, paper, power, uniform
+from strategies import STRATEGIES, no_queries, paper, power, uniform
 
 
 def asking(count):
-    """What a strategy has to know of a Config."""
+    """The part of a Config that a strategy uses."""
     return SimpleNamespace(asked=count)
 
 
@@ -51,7 +51,7 @@ def test_the_papers_strategy_asks_for_the_three_groups_of_the_config():
 def test_without_queries_nothing_is_selected_and_nothing_is_drawn():
     rng = np.random.default_rng(0)
     before = rng.bit_generator.state
-    assert none(np.zeros(9), rng, asking(0))["random"].tolist() == []
+    assert no_queries(np.zeros(9), rng, asking(0))["random"].tolist() == []
     assert rng.bit_generator.state == before
 
 

@@ -1,4 +1,4 @@
-"""train.py: the whole loop as a user runs it, what it may never do, and the moving together of image and mask."""
+"""train.py and trainer.py: the whole loop as a user runs it, what it must never do, and the augmentation."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ QUERIES = "--no-detection 2 --most-uncertain 2 --random 3 --pseudo-start 2 --pse
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """60 dark discs at 48x64; an image's id tells its position: B_0000007 is at 7."""
+    """60 dark discs at 48x64. The id of an image holds its position: B_0000007 is at 7."""
     path = write_blobs(tmp_path_factory.mktemp("data") / "blobs.h5", 60, 48, 64)
     with Dataset(path) as dataset:
         yield dataset
@@ -95,6 +95,7 @@ def test_a_run_holds_what_another_program_needs(a_run, dataset):
         "environment.json",
         "history.csv",
         *(f"iteration_0{k}" for k in range(4)),
+        "overview.png",
     ]
     assert sorted(p.name for p in (run / "iteration_00").iterdir()) == ["history.csv", "model.weights.h5", "test.csv"]
     assert sorted(p.name for p in (run / "iteration_02").iterdir()) == [
@@ -148,7 +149,7 @@ def test_a_score_is_the_papers_formula_on_the_last_weights(a_run, dataset):
         assert float(row["dice"]) == pytest.approx(dice, abs=0.01)
 
 
-# ------------------------------------------------------------------------------------ what belongs to what, and never
+# ------------------------------------------------------------------------------------- labels, and the test images
 
 
 def test_every_image_is_trained_on_with_its_own_mask(a_run, dataset):
@@ -188,7 +189,7 @@ def test_test_images_are_never_trained_on(a_run, dataset):
 
 
 def test_training_does_not_read_the_test_images_at_all(dataset, tmp_path, monkeypatch):
-    """With every test image and mask destroyed, the choices and the weights are the same."""
+    """If all test images and masks are overwritten, the selections and the weights stay the same."""
     spoiled = tmp_path / "spoiled.h5"
     spoiled.write_bytes(dataset.path.read_bytes())
     with h5py.File(spoiled, "a") as file:
@@ -240,7 +241,7 @@ def test_the_test_images_metrics_are_written_one_by_one(a_run, dataset):
 
 
 def test_settings_can_be_chosen_by_labelled_images_held_out(a_run, dataset, tmp_path, monkeypatch):
-    """The test images are then neither trained on nor measured, and the rest is as it was."""
+    """Then the test images are neither trained on nor evaluated, and nothing else changes."""
     run = tmp_path / "r"
     arguments = f"train.py --data {dataset.path} --run {run} --iterations 0 {TINY} {QUERIES} --validation 6"
     monkeypatch.setattr("sys.argv", [*arguments.split(), "--initial-epochs", "1"])
@@ -262,7 +263,7 @@ def test_without_queries_the_network_trains_on_with_the_labels_that_it_has(datas
     train.main()
     history = read_csv(tmp_path / "r" / "history.csv")
     assert [(row["annotations"], row["pseudo_labels"]) for row in history] == [("16", "0")] * 3
-    assert len({row["dice"] for row in history}) > 1  # it is another network each time
+    assert len({row["dice"] for row in history}) > 1  # the network changes in each iteration
 
 
 def test_a_pool_that_runs_empty_ends_the_run(dataset, tmp_path, monkeypatch, capsys):
@@ -288,7 +289,7 @@ train.main()
 
 @pytest.mark.parametrize("loss", ["dice", "dice_bce"])
 def test_two_devices_do_what_one_does(dataset, tmp_path, loss):
-    """Odd numbers of images everywhere, so that the devices' shares differ in size."""
+    """All numbers of images are odd, so that the shares of the devices differ in size."""
     options = f"{TINY} {QUERIES} --loss {loss} --pool 29 --initial 15 --iterations 1".split()
     options += ["--initial-epochs", "3", "--active-epochs", "1"]
     for devices in "one", "all":
@@ -310,7 +311,7 @@ def test_more_devices_than_a_batch_has_images_are_refused(dataset, tmp_path):
     arguments = ["--data", dataset.path, "--run", tmp_path / "r", "--devices", "all", *TINY.split(), *QUERIES.split()]
     command = [sys.executable, "-c", TWO_DEVICES, *map(str, arguments), "--batch-size", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert "--batch-size 1 is too small to be shared out among 2 devices" in done.stderr
+    assert "--batch-size 1: too few images for 2 devices; give at least 2, or --devices one" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------ augmentation
@@ -325,7 +326,7 @@ def batches_of(images, targets, batch_size, augment=None):
 
 
 def test_image_and_mask_are_moved_together():
-    """An image that is its own mask still is after every movement."""
+    """An image that equals its mask still equals it after augmentation."""
     _, masks = blobs(32, 48, 64)
     batches = batches_of(masks, masks, 8, augmentation(40, 0.2, seed=1))
     moved, areas = 0, []
@@ -340,7 +341,7 @@ def test_image_and_mask_are_moved_together():
 
 
 def test_augmentation_reaches_as_far_as_it_says_and_no_further():
-    """A vertical bar in the middle: how far it turns and shifts."""
+    """Measured by the rotation and the shift of a vertical bar in the middle."""
     bar = np.zeros((400, 65, 65, 1), np.float32)
     bar[:, 12:53, 32] = 1
 
@@ -380,7 +381,7 @@ def test_strong_augmentation_moves_image_and_mask_together_and_changes_colours_a
         assert set(np.unique(target)) <= {0.0, 1.0}
         inside, outside = (image[target == value].mean(0) for value in (1, 0))
         contrast = (inside - outside) / [1, 2, 3]
-        np.testing.assert_allclose(contrast, contrast[0], rtol=0.1)  # of interpolated edges some lie outside
+        np.testing.assert_allclose(contrast, contrast[0], rtol=0.1)  # some pixels of interpolated edges lie outside
         assert 0.7 < contrast[0] < 1.25
     assert not np.allclose(images[0, 0, 0], images[1, 0, 0])
 
@@ -409,7 +410,7 @@ def trainer(dataset):
 
 
 def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(trainer):
-    """17 images in batches of at most 4: their sizes differ by one at most."""
+    """17 images in batches of at most 4: the batch sizes differ by at most one."""
     positions, labels = np.arange(20, 37), [np.full((48, 64), n / 100) for n in range(20, 37)]
     sizes, epochs = [], [[], []]
     for number, (images, targets) in enumerate(trainer.batches(positions, labels, 1)):
@@ -429,11 +430,21 @@ def test_steps_take_the_place_of_epochs_where_they_are_given(trainer):
     assert [len(list(trainer.batches(positions, labels, k))) for k in (0, 1)] == [7, 5]
 
 
-@pytest.mark.parametrize(("augment", "same"), [("initial", True), ("all", False)])
-def test_active_training_is_augmented_only_if_asked(trainer, augment, same):
+@pytest.mark.parametrize(
+    ("augment", "iteration", "same"),
+    [
+        ("initial", 0, False),
+        ("initial", 1, True),
+        ("all", 0, False),
+        ("all", 1, False),
+        ("none", 0, True),
+        ("none", 1, True),
+    ],
+)
+def test_the_option_says_which_trainings_are_augmented(trainer, augment, iteration, same):
     trainer.config.augment = augment
     positions, labels = np.arange(3), list(trainer.dataset.masks(np.arange(3)))
-    images, _ = next(iter(trainer.batches(positions, labels, 1)))
+    images, _ = next(iter(trainer.batches(positions, labels, iteration)))
     plain = trainer.images(positions)
     assert all(any((image == other).all() for other in plain) for image in images.numpy()) == same
 
@@ -450,7 +461,7 @@ def test_the_learning_rate_follows_the_schedule(trainer, monkeypatch, iteration,
 
 
 def test_a_scoring_goes_on_with_chunks_of_another_size(trainer, tmp_path):
-    """As after a stop on a machine with more devices."""
+    """As after an interruption on a machine with more devices."""
     pool = ceal.Pool(np.arange(4), trainer.dataset.masks(np.arange(4)), np.arange(4, 40), np.arange(40, 60))
     expected, record = trainer.score(pool, 1), tmp_path / "record"
     trainer.chunk = 8
@@ -481,7 +492,7 @@ def test_float16_training_scales_its_loss_and_goes_on_where_it_was(dataset, tmp_
     assert float(one.model.optimizer.dynamic_scale) > 1
 
 
-def test_where_nobody_is_asked_there_are_no_examples(trainer, tmp_path):
+def test_without_queries_there_are_no_examples(trainer, tmp_path):
     groups = {"random": np.array([], int), "pseudo": np.array([], int)}
     train.draw_examples(trainer, np.arange(5), np.zeros(5), np.zeros(5), groups, 1, tmp_path / "examples.png")
     assert list(tmp_path.iterdir()) == []
@@ -505,7 +516,21 @@ def test_the_defaults_are_the_papers():
     expected |= {"batch_size": 32, "initial_epochs": 10, "active_epochs": 2, "iterations": 9, "passes": 20}
     expected |= {"no_detection": 10, "most_uncertain": 10, "random": 15, "rotation": 40, "width_shift": 0.2}
     assert {name: getattr(config, name) for name in expected} == expected
+    assert config.training_steps(600, 0) == 6000  # docs/method.md, "The initial training"
     assert config.run.startswith("runs/paper-")
+
+
+@pytest.mark.parametrize("preset", ["paper", "quick"])
+def test_epochs_that_are_given_win_over_the_steps_of_the_preset(preset):
+    config = read_config(["--preset", preset, "--initial-epochs", "3", "--active-epochs", "2", "--batch-size", "32"])
+    assert (config.training_steps(600, 0), config.training_steps(600, 1)) == (3 * 19, 2 * 19)
+    config = read_config(["--preset", preset, "--initial-epochs", "3", "--initial-steps", "7"])
+    assert config.training_steps(600, 0) == 7
+
+
+def test_the_number_of_steps_of_the_paper_is_in_no_other_preset():
+    assert read_config(["--preset", "demo"]).training_steps(60, 0) == 30 * 15
+    assert read_config(["--initial-steps", "0"]).training_steps(600, 0) == 10 * 19
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -584,7 +609,7 @@ def test_an_existing_run_is_not_touched(run_script, dataset, tmp_path):
     (tmp_path / "r" / "history.csv").write_text("precious")
     done = run_script("train.py", "--data", dataset.path, "--run", "r")
     assert done.returncode == 2
-    assert "r exists already and is no run" in done.stderr
+    assert "r exists already and is not a run" in done.stderr
     assert (tmp_path / "r" / "history.csv").read_text() == "precious"
 
 
@@ -596,10 +621,11 @@ def test_the_demo_as_a_user_runs_it_smaller(run_script, tmp_path):
     lines = done.stdout.splitlines()
     assert "found CPU:0" in lines[0]
     assert any(line.startswith("iteration 1: 30 annotations,   0 pseudo-labels, Dice ") for line in lines)
-    assert "python predict.py" in lines[-1]
+    assert "python predict.py" in lines[-2]
+    assert "runs/demo/overview.png" in lines[-1]
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
     weights = "runs/demo/iteration_01/model.weights.h5"
-    assert weights in lines[-1]
+    assert weights in lines[-2]
     sheet = run_script("data.py", "show", "runs/demo/synthetic.h5", "sheet.png")
     assert sheet.returncode == 0, sheet.stderr
     done = run_script("predict.py", "sheet.png", "--weights", weights, "--out", "masks")

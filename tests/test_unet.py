@@ -1,4 +1,9 @@
-"""unet.py: the network's shape, the loss by hand, Monte Carlo dropout against the plain loop over passes."""
+"""unet.py and sampler.py: the network's shape, the loss by hand, Monte Carlo dropout against a plain loop."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -10,7 +15,7 @@ import sampler
 import unet
 from sampler import _image_seeds, _is_build_unet, _sampler, mc_dropout
 from trainer import learning_rate, restart, training_step
-from unet import build_unet, dice_coefficient, dice_loss, keras, load_unet, save_unet
+from unet import build_unet, dice_coefficient, dice_loss, kept_units, keras, load_unet, save_unet, tensorflow_errors
 from utils import UserError
 
 
@@ -18,7 +23,7 @@ from utils import UserError
 def network(request):
     keras.utils.set_random_seed(7)
     model = build_unet(48, 64, request.param, filters=4)
-    for variable in model.trainable_variables:  # wilder than the initial weights, so that the passes differ
+    for variable in model.trainable_variables:  # larger than the initial weights, so that the passes differ
         variable.assign(variable * 1.4)
     return model
 
@@ -81,7 +86,7 @@ def test_half_precision_computes_in_half_and_stays_close(precision, close, unet_
 
 
 class KnownMask(keras.layers.Layer):
-    """Dropout at 0.5 by a mask that is set from outside."""
+    """Dropout with rate 0.5 and a mask that the test sets."""
 
     mask = 1.0
 
@@ -90,7 +95,7 @@ class KnownMask(keras.layers.Layer):
 
 
 def test_mean_and_variance_are_those_of_the_plain_loop_over_passes(network, images):
-    """Against the whole network, pass by pass, with a dropout layer whose masks are drawn here."""
+    """The reference is the whole network, pass by pass, with dropout masks drawn in this test."""
 
     def swap(layer):
         known = isinstance(layer, keras.layers.Dropout)
@@ -142,7 +147,7 @@ def test_entropy_and_bald_are_finite_where_the_network_is_certain():
         assert (uncertainty == 0).all()
 
 
-def test_the_cosine_schedule_warms_up_and_ends_at_nothing():
+def test_the_cosine_schedule_warms_up_and_ends_at_zero():
     rates = [learning_rate("cosine", step / 1000) for step in range(1000)]
     assert rates[0] < 0.05
     assert rates[49] == pytest.approx(1, abs=0.03)
@@ -152,7 +157,7 @@ def test_the_cosine_schedule_warms_up_and_ends_at_nothing():
 
 
 def test_a_training_step_is_keras_own():
-    """Rearranged or not, with dropout: the same weights after some steps, to rounding."""
+    """The rearranged step and Keras' step give the same weights after three steps with dropout, up to rounding."""
     rng = np.random.default_rng(0)
     batch = rng.normal(size=(3, 32, 48, 1)).astype("f"), rng.integers(0, 2, (3, 32, 48, 1)).astype("f")
     found = []
@@ -172,7 +177,7 @@ def test_a_training_step_is_keras_own():
 
 @pytest.fixture(params=["random", "trained"])
 def any_network(request, network, unet_weights):
-    """(network, uint8 images that it can see)"""
+    """(network, uint8 images of its input size)"""
     model = network if request.param == "random" else load_unet(unet_weights)[0]
     images = blobs(7, 48, 64, seed=4)[0].clip(0, 255).astype(np.uint8)
     return model, np.repeat(images, model.input_shape[-1], -1)
@@ -192,7 +197,7 @@ def test_the_fast_passes_are_those_of_the_whole_network(any_network, batch_size,
     assert plain[1].max() > 1e-3
 
 
-def test_only_the_very_network_is_rearranged(network):
+def test_only_exactly_this_network_is_rearranged(network):
     assert _is_build_unet(network)
     assert _is_build_unet(build_unet(16, 32, 3, filters=2, dropout=0.2, precision="bfloat16"))
 
@@ -211,24 +216,24 @@ def test_only_the_very_network_is_rearranged(network):
 
 
 def test_dropout_elsewhere_is_sampled_too():
-    """Two dropout layers, none of them after a bottleneck: the output is known by hand."""
+    """Two dropout layers at the input; the expected output is computed by hand."""
     inputs = keras.Input((4, 4, 1))
     dropped = [keras.layers.Dropout(rate)(inputs) for rate in (0.5, 0.2)]
     x = keras.layers.Concatenate()(dropped)
     model = keras.Model(inputs, keras.layers.Conv2D(1, 1, kernel_initializer="ones")(x))
     mean, variance = mc_dropout(model, np.ones((2, 4, 4, 1)), 400, seed=1)
-    # Inverted dropout of a one: mean 1, variance rate / (1 - rate); the two layers' masks are independent.
+    # Inverted dropout of the value 1: mean 1, variance rate / (1 - rate). The masks of the two layers are independent.
     np.testing.assert_allclose(mean.mean(), 2, atol=0.05)
     np.testing.assert_allclose(variance.mean(), 1 + 0.25, atol=0.1)
 
 
 def test_about_half_of_the_bottleneck_is_dropped(images):
-    """A network whose output is the bottleneck's share that is kept, seen through the sampler."""
+    """The network's output is made to be the share of the bottleneck that dropout keeps."""
     model = build_unet(16, 16, filters=8)
     for variable in model.trainable_variables:
         variable.assign(tf.zeros_like(variable))
     model.get_layer("bottleneck_b").bias.assign(tf.ones(128))  # the bottleneck is 1 everywhere
-    # decoder_3_a passes on the mean of the kept, doubled units as its channel 0; the rest passes that on.
+    # Channel 0 of decoder_3_a is the mean of the bottleneck after dropout. The later layers copy it.
     kernel = np.zeros((3, 3, 192, 64), np.float32)
     kernel[1, 1, :128, 0] = 1 / 128
     model.get_layer("decoder_3_a").kernel.assign(kernel)
@@ -240,7 +245,7 @@ def test_about_half_of_the_bottleneck_is_dropped(images):
     model.get_layer("probability").kernel.assign(np.eye(8, 1, dtype=np.float32)[None, None])
     mean, variance = mc_dropout(model, np.random.default_rng(0).normal(size=(40, 16, 16, 1)), 20, seed=0)
     logits = np.log(mean / (1 - mean))
-    assert logits.mean() == pytest.approx(1, abs=0.02)  # inverted dropout: the expectation is kept
+    assert logits.mean() == pytest.approx(1, abs=0.02)  # inverted dropout does not change the expectation
     assert variance.max() > 0
 
 
@@ -254,7 +259,7 @@ def test_an_images_passes_do_not_depend_on_batch_or_order(network, images, batch
 
 
 def test_a_key_names_an_image_whatever_its_pixels(network, images):
-    again = images * np.float32(1 + 1e-6)  # normalised elsewhere, say
+    again = images * np.float32(1 + 1e-6)  # for example, normalised on another machine
     first, second = (mc_dropout(network, x, 3, seed=5, keys=[7, 8, 9, 10, 11])[0] for x in (images, again))
     np.testing.assert_allclose(first, second, atol=1e-3)
     other, _ = mc_dropout(network, images, 3, seed=5, keys=[17, 18, 19, 20, 21])
@@ -285,7 +290,7 @@ def test_the_sampler_sees_new_weights(network, images):
     assert after.mean() > before.mean() + 0.01
 
 
-def test_no_pass_is_refused_and_no_image_is_not(network, images):
+def test_zero_passes_are_refused_and_zero_images_are_accepted(network, images):
     with pytest.raises(ValueError, match="at least 1, not 0"):
         mc_dropout(network, images, 0, seed=1)
     assert mc_dropout(network, images[:0], 3, seed=1)[0].shape == (0, 48, 64)
@@ -330,3 +335,116 @@ def test_weights_that_cannot_be_used_are_named(tmp_path, spoil):
     spoil(path)
     with pytest.raises(UserError, match=r"x\.weights\.h5: "):
         load_unet(path)
+
+
+# ------------------------------------------------------------------------------------- dropout, on any device, with XLA
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("rate", "shape"), [(0.5, (4, 6, 5, 8)), (0.3, (1, 3, 4, 7)), (0.15, (2, 12, 15, 64))])
+def test_the_trainings_dropout_is_keras_own_with_and_without_xla(dtype, rate, shape):
+    inputs = tf.cast(tf.random.normal(shape), dtype)
+    theirs, seed = keras.random.SeedGenerator(5), 1_234_567_890_123
+    layer = unet.Dropout(rate, dtype=dtype)
+    for number in range(3):
+        restart(theirs, seed, number)
+        expected = keras.random.dropout(inputs, rate, seed=theirs)
+        for xla in False, True:
+            restart(layer.seed_generator, seed, number)
+            found = tf.function(lambda x: layer(x, training=True), jit_compile=xla)(inputs)
+            np.testing.assert_array_equal(found == 0, expected == 0)
+            if not xla:
+                np.testing.assert_array_equal(found, expected)
+        assert layer(inputs, training=False) is inputs
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.3, 0.9])
+def test_the_samplers_masks_are_the_recorded_ones_with_and_without_xla(rate):
+    seeds, number = tf.constant([3, -7, 2**60], tf.int64), tf.constant(4, tf.int64)
+    expected = [tf.random.stateless_uniform((3, 4, 9), [seed, number], alg="philox") >= rate for seed in seeds]
+    for xla in False, True:
+        draw = tf.function(lambda: sampler._dropout_masks((3, 4, 9), rate, seeds, number), jit_compile=xla)
+        np.testing.assert_array_equal(draw(), expected)
+
+
+def test_dropout_keeps_the_share_of_units_that_it_should():
+    assert float(tf.reduce_mean(tf.cast(kept_units((200, 200), 0.3, [1, 2]), "float32"))) == pytest.approx(
+        0.7, abs=0.01
+    )
+
+
+# --------------------------------------------------------------------------------- TensorFlow's errors, Keras' settings
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "said"),
+    [
+        ("Unknown", "Failed to get convolution algorithm. This is probably because cuDNN failed", "GPU's libraries"),
+        ("FailedPrecondition", "DNN library initialization failed. Look at the errors above", "GPU's libraries"),
+        ("Unimplemented", "DNN library is not found.", "GPU's libraries"),
+        ("NotFound", "No algorithm worked!  Error messages:", "GPU's libraries"),
+        ("Internal", "Attempting to perform BLAS operation using StreamExecutor without BLAS", "GPU's libraries"),
+        ("Internal", "cudaGetDevice() failed. Status: CUDA driver version is insufficient", "GPU's libraries"),
+        ("Internal", "libdevice not found at ./libdevice.10.bc [Op:__inference_step]", "libdevice is missing"),
+        ("ResourceExhausted", "OOM when allocating tensor", "not enough memory; free some"),
+        ("Internal", "CUDNN_STATUS_ALLOC_FAILED: out of memory", "not enough memory; free some"),
+    ],
+)
+def test_tensorflows_errors_are_one_sentence_with_a_remedy(kind, text, said):
+    error = getattr(tf.errors, f"{kind}Error")(None, None, f"{text}\n\t [[node x]]")
+    with pytest.raises(UserError, match=said) as refusal, tensorflow_errors("free some"):
+        raise error
+    assert len(str(refusal.value).splitlines()) == 1
+    assert (
+        "nvidia-smi" in str(refusal.value) or "pip install" in str(refusal.value) or "free some" in str(refusal.value)
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [tf.errors.InvalidArgumentError(None, None, "cuda"), ValueError("cudnn"), KeyError("x")]
+)
+def test_a_bug_is_not_taken_for_a_lack_of_memory(error):
+    with pytest.raises(type(error)), tensorflow_errors():
+        raise error
+
+
+# Prints what Keras' settings change, after `unet` has set its own.
+SETTINGS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from unet import build_unet, keras
+model = build_unet(16, 16, filters=2)
+config = keras.config
+print(model.predict(np.zeros((3, 16, 16, 1), "float32"), verbose=0).shape, {w.dtype for w in model.weights})
+print(config.backend(), config.floatx(), config.epsilon(), config.image_data_format(), config.dtype_policy().name)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "environment"),
+    [
+        ('{"image_data_format": "channels_first", "floatx": "float16", "epsilon": 0.5, "backend": "jax"}', {}),
+        ('{"floatx": "bfloat16", "epsilon": 1}', {}),
+        ("[]", {}),
+        ('{"broken', {}),
+        (None, {"KERAS_BACKEND": "jax", "KERAS_NNX_ENABLED": "true"}),
+        (None, {"KERAS_BACKEND": "nonsense", "KERAS_MAX_STEPS_PER_EPOCH": "1"}),
+        (None, {"KERAS_MAX_EPOCHS": "none", "KERAS_HOME": "/"}),
+    ],
+)
+def test_keras_settings_of_other_projects_have_no_effect(tmp_path, settings, environment):
+    (tmp_path / ".keras").mkdir()
+    if settings is not None:
+        (tmp_path / ".keras" / "keras.json").write_text(settings)
+    command = [sys.executable, "-c", SETTINGS, str(Path(unet.__file__).parent)]
+    environment = {**os.environ, "HOME": str(tmp_path), **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == [
+        "(3, 16, 16, 1) {'float32'}",
+        "tensorflow float32 1e-07 channels_last float32",
+    ]
+    found = {path.name: path.read_text() for path in (tmp_path / ".keras").iterdir()}
+    assert found == ({} if settings is None else {"keras.json": settings})

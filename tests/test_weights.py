@@ -1,4 +1,4 @@
-"""Weights files that are foreign, damaged or hostile: one sentence, within seconds, no memory taken, no code run."""
+"""Foreign, damaged or hostile weights files: refused in one sentence, within seconds, without running their code."""
 
 import json
 import pickle
@@ -15,14 +15,14 @@ from utils import UserError
 
 @pytest.fixture
 def weights(unet_weights, tmp_path):
-    """A copy of good weights that may be spoiled."""
+    """A copy of good weights, for a test to damage."""
     path = tmp_path / "x.weights.h5"
     path.write_bytes(unet_weights.read_bytes())
     return path
 
 
 def refusal(path):
-    """The sentence with which `load_unet` refuses a file, in less than 10 s and 300 MB."""
+    """The error message of `load_unet` for this file, which must take less than 10 s and 300 MB."""
     memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     with pytest.raises(UserError) as error:
         load_unet(path)
@@ -45,11 +45,11 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in IMPOSSIBLE for value in IMPOSSIBLE[name]])
-def test_settings_that_cannot_be_are_refused(weights, name, value):
+def test_impossible_settings_are_refused(weights, name, value):
     with h5py.File(weights, "r+") as file:
         settings = json.loads(file.attrs["unet"])
         file.attrs["unet"] = json.dumps({**settings, name: value})
-    assert "these are no weights written by train.py (" in refusal(weights)
+    assert "not a weights file of train.py (" in refusal(weights)
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
@@ -140,7 +140,7 @@ def test_weights_of_another_network_are_refused(weights, tmp_path):
 
 
 class Malice:
-    """Unpickled, it leaves a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -153,26 +153,26 @@ class Malice:
 def test_no_code_in_a_file_is_run(tmp_path, name):
     ran, path = tmp_path / "ran", tmp_path / name
     pickle.loads(pickle.dumps(Malice(ran))).close()
-    ran.unlink()  # it would have worked
+    ran.unlink()  # the attack works without protection
 
     path.write_bytes(pickle.dumps(Malice(ran)))
     refusal(path)
     layer = keras.layers.Lambda(eval(f"lambda x: (open({str(ran)!r}, 'w'), x)[1]"))
     model = keras.Sequential([keras.Input((48, 64, 1)), layer, keras.layers.Conv2D(1, 1)])
-    ran.unlink()  # as the layer was built
+    ran.unlink()  # building the layer made it
     model.save(tmp_path / "lambda.keras")
     model.save(tmp_path / "lambda.h5")
     for kind in "keras", "h5":
         path.write_bytes((tmp_path / f"lambda.{kind}").read_bytes())
         refusal(path)
-    with h5py.File(path, "r+") as file:  # the whole model, and the attribute too
+    with h5py.File(path, "r+") as file:  # the whole model with the attribute
         file.attrs["unet"] = json.dumps({"height": 48, "width": 64, "channels": 1, "filters": 1, "dropout": 0.5})
     refusal(path)
     assert not ran.exists()
 
 
 @pytest.mark.parametrize("name", ["best.h5", "best.keras", "best", "weights.h5", "x.weights.h5.bak"])
-def test_good_weights_of_a_name_that_keras_does_not_take_are_told_which(unet_weights, tmp_path, name):
+def test_good_weights_with_a_wrong_suffix_are_told_the_right_one(unet_weights, tmp_path, name):
     (tmp_path / name).write_bytes(unet_weights.read_bytes())
     assert "name ends in .weights.h5" in refusal(tmp_path / name)
 
