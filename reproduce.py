@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -89,7 +88,6 @@ def run_all(runs, out, base, jobs):
         if (folder / "config.json").exists() and (different := different_setting(run, folder, base)):
             raise UserError(f"{folder} was begun with {different}: give the same options again, or another --out")
     threads = os.environ.get("TF_NUM_INTRAOP_THREADS") or max(1, cores() // jobs)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already; logs in {work}/", flush=True)
     try:
         with progress_bar() as progress:

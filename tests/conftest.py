@@ -1,6 +1,7 @@
 """What several tests share: a small trained network, and the scripts run as a user runs them."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,12 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure():
+    """The tests send signals. After `nohup`, or in the background of a script, some of them would be ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import bench
 from unet import build_unet
 
 
+@pytest.mark.slow
 def test_the_table_is_printed_and_written(unet_weights, tmp_path, monkeypatch, capsys):
     """Without the rows that start other processes, because they take a minute."""
     write_blobs(tmp_path / "blobs.h5", 20, 48, 64)
@@ -31,11 +32,13 @@ def test_the_table_is_printed_and_written(unet_weights, tmp_path, monkeypatch, c
     assert abs(values["float16: Dice of the mean of the passes minus float32's"]) < 0.05
 
 
+@pytest.mark.slow
 def test_a_pool_of_any_size_takes_the_same_memory(tmp_path):
     rows = bench.bench_pools(tmp_path, [50, 500])
     assert rows[0]["value"] < 1.05
 
 
+@pytest.mark.slow
 def test_weights_need_data(run_script, unet_weights):
     done = run_script("bench.py", "--weights", unet_weights)
     assert done.returncode == 2

@@ -68,6 +68,7 @@ def assert_figures_are_drawn(folder):
     assert {path.name for path in folder.iterdir()} >= FIGURES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("logit", "distance"), [(-25, "both"), (0, "inside"), (25, "none")])
 def test_equal_scores_and_empty_or_full_predictions_are_no_error(run, data_file, monkeypatch, capsys, logit, distance):
     """Logit 25: every pixel is lesion; -25: none is; 0: the probability is 0.5 everywhere, which is not lesion."""
@@ -119,6 +120,7 @@ def test_one_initial_image_one_in_the_pool_and_one_for_test(run, tmp_path):
     assert_figures_are_drawn(folder / "iteration_01")
 
 
+@pytest.mark.slow
 def test_numbers_that_are_too_large_mean_all(run):
     """2**31 - 1 iterations, images in a batch and pseudo-labels."""
     large = ["--iterations", "--batch-size", "--pseudo-first", "--pseudo-step"]
@@ -161,6 +163,7 @@ def failing(error):
     return fail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", SHORT_OF_MEMORY)
 def test_too_little_memory_in_training_is_one_sentence_and_the_run_goes_on(run, tmp_path, monkeypatch, capsys, error):
     """The advice keeps the run's answers: it never names another --run."""
@@ -184,6 +187,7 @@ def test_a_batch_of_one_image_cannot_be_smaller(run, tmp_path, monkeypatch):
     assert str(refusal.value).endswith(f"a machine with more, and go on with: python train.py --run {tmp_path / 'r'}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", SHORT_OF_MEMORY)
 def test_too_little_memory_in_scoring_is_not_blamed_on_the_batch_size(run, tmp_path, monkeypatch, error):
     monkeypatch.setattr(trainer, "mc_dropout", failing(error))

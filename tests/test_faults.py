@@ -99,6 +99,7 @@ def content(run):
     return found
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_like_an_undisturbed_one(whole_run, data_file, tmp_path):
     reference, operations = whole_run
     seed = random.randrange(10**6)
@@ -126,6 +127,7 @@ def test_a_run_killed_again_and_again_ends_like_an_undisturbed_one(whole_run, da
     print(f"{kills} kills in {runs} runs: no difference")
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_nothing(whole_run):
     before = content(whole_run[0])
     out = finish(start(whole_run[0]))
@@ -160,6 +162,7 @@ def test_a_run_stopped_before_its_settings_are_written_says_to_start_again(tmp_p
     assert error.splitlines()[-1] == "stopped; nothing has been started yet; give the same command again"
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused(data_file, tmp_path):
     run = tmp_path / "r"
     process = start(run, "--data", data_file, *OPTIONS.split(), "--initial-epochs", "100000")
@@ -229,6 +232,7 @@ def test_a_damaged_run_is_refused_by_name(refused, half_run, named, file, spoil)
     assert f"{half_run / named}: " in refused(half_run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [".training.weights.h5", "iteration_01/model.weights.h5", "annotations.h5", "data"])
 def test_a_file_that_is_open_elsewhere_is_not_called_damaged(refused, half_run, data_file, tmp_path, name):
     """The advice for a damaged file would make the person throw it away."""
@@ -251,12 +255,14 @@ def test_a_gap_in_the_iterations_is_refused_by_name(refused, half_run):
     assert f"{half_run / 'iteration_00'} is missing, and later ones are there" in refused(half_run)
 
 
+@pytest.mark.slow
 def test_a_truncated_history_is_rewritten(half_run, whole_run):
     (half_run / "history.csv").write_text("iteration,anno")
     finish(start(half_run))
     assert content(half_run) == content(whole_run[0])
 
 
+@pytest.mark.slow
 def test_a_repeated_iteration_does_not_use_an_old_selection(half_run, whole_run):
     """An old selection remains if a run is stopped in an iteration and the iteration before is then moved away."""
     shutil.copytree(half_run / "iteration_01", half_run / ".queries_03")
@@ -271,6 +277,7 @@ def test_force_moves_nothing_but_a_run(refused, data_file, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
 
 
+@pytest.mark.slow
 def test_force_moves_the_old_run_aside(half_run, data_file):
     before = content(half_run)
     finish(start(half_run, "--data", data_file, *OPTIONS.split(), "--iterations", "0", "--force"))
@@ -344,6 +351,7 @@ def ballast(request, tmp_path):
     return disk, disk / "ballast"
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_is_full_says_so_and_continues_later(ballast, whole_run, data_file, tmp_path):
     folder, filler = ballast
     run, options = folder / "r", ["--data", data_file, *OPTIONS.split(), "--iterations", "1"]
@@ -438,6 +446,7 @@ def test_a_read_only_disk_is_named(told, mount, half_run, data_file, pictures, u
     assert content(disk / "half") == content(half_run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "spoil", "said"),
     [

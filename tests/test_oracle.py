@@ -261,6 +261,7 @@ def test_a_whole_run_with_a_person_who_starts_with_no_masks(go, hospital, few_ma
     assert everything(run) == before
 
 
+@pytest.mark.slow
 def test_true_masks_from_a_person_give_the_same_run_as_the_simulated_oracle(go, hospital, all_masks, tmp_path):
     go(tmp_path / "simulated", "--data", all_masks, *OPTIONS.split())
     run = tmp_path / "folder"
@@ -974,6 +975,7 @@ print(count)
 """
 
 
+@pytest.mark.slow
 def test_no_accepted_answer_is_lost_wherever_collecting_is_killed(oracle, few_masks, hospital):
     run, ids = oracle.folder.parent, oracle.ids
 
@@ -1048,6 +1050,7 @@ def finish(run, person, data_file, kills=0, rng=None, operations=0):
             return killed, most
 
 
+@pytest.mark.slow
 def test_a_run_with_a_person_killed_again_and_again_ends_the_same(few_masks, hospital, tmp_path):
     seed, whole = random.randrange(10**6), tmp_path / "whole"
     rng, kills, runs = random.Random(seed), 0, 0
@@ -1066,6 +1069,7 @@ def test_a_run_with_a_person_killed_again_and_again_ends_the_same(few_masks, hos
 # ------------------------------------------------------------------------------------------------------ real images
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("ISIC2017_DIR" not in os.environ, reason="ISIC2017_DIR does not name the challenge's folders")
 def test_a_whole_run_on_real_images_with_edited_proposals(go, tmp_path):
     source = Path(os.environ["ISIC2017_DIR"])

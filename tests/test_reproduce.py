@@ -244,6 +244,7 @@ def test_a_record_holds_all_iterations_in_their_order(tmp_path):
     assert [path.name for path in (tmp_path / "records").iterdir()] == ["scarce-random-1"]
 
 
+@pytest.mark.slow
 def test_an_arm_that_begins_with_anothers_iterations_is_the_same_as_one_that_does_not(reproduction, monkeypatch):
     """The arm `ceal`, which began with iterations of `no_pseudo`, is run again alone."""
     monkeypatch.chdir(reproduction)

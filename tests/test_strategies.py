@@ -83,6 +83,7 @@ utils.run_command(train.main)
 """
 
 
+@pytest.mark.slow
 def test_a_new_strategy_takes_one_entry_in_the_table(tmp_path):
     options = "--preset demo --run r --query highest --iterations 1 --initial 8 --pool 20 --test 4 --initial-epochs 1"
     command = [sys.executable, "-c", NEW_STRATEGY, str(ROOT), *options.split()]

@@ -207,6 +207,7 @@ def test_training_does_not_read_the_test_images_at_all(dataset, tmp_path, monkey
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_plain_sampler_gives_the_same_run(a_run, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(sampler, "_is_build_unet", lambda model: False)
     arguments = f"train.py --data {dataset.path} --run {tmp_path / 'r'} --iterations 1 --learning-rate 0.001"
@@ -256,6 +257,7 @@ def test_settings_can_be_chosen_by_labelled_images_held_out(a_run, dataset, tmp_
     assert len(trained) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", [0, 30])
 def test_without_queries_the_network_trains_on_with_the_labels_that_it_has(dataset, tmp_path, monkeypatch, pool):
     arguments = f"train.py --data {dataset.path} --run {tmp_path / 'r'} --iterations 2 {TINY} --query none".split()
@@ -266,6 +268,7 @@ def test_without_queries_the_network_trains_on_with_the_labels_that_it_has(datas
     assert len({row["dice"] for row in history}) > 1  # the network changes in each iteration
 
 
+@pytest.mark.slow
 def test_a_pool_that_runs_empty_ends_the_run(dataset, tmp_path, monkeypatch, capsys):
     arguments = f"train.py --data {dataset.path} --run {tmp_path / 'r'} --iterations 9 {TINY} {QUERIES}"
     monkeypatch.setattr("sys.argv", [*arguments.split(), "--random", "14"])
@@ -287,6 +290,7 @@ train.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dice", "dice_bce"])
 def test_two_devices_do_what_one_does(dataset, tmp_path, loss):
     """All numbers of images are odd, so that the shares of the devices differ in size."""
@@ -307,6 +311,7 @@ def test_two_devices_do_what_one_does(dataset, tmp_path, loss):
     assert [float(row["dice"]) for row in all] == pytest.approx([float(row["dice"]) for row in one], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_more_devices_than_a_batch_has_images_are_refused(dataset, tmp_path):
     arguments = ["--data", dataset.path, "--run", tmp_path / "r", "--devices", "all", *TINY.split(), *QUERIES.split()]
     command = [sys.executable, "-c", TWO_DEVICES, *map(str, arguments), "--batch-size", "1"]
@@ -590,7 +595,7 @@ def test_settings_that_make_no_sense_are_refused_by_name(wrong):
 def test_without_data_it_says_how_to_get_it(run_script, tmp_path):
     done = run_script("train.py")
     assert done.returncode == 2
-    assert "datasets/isic2017.h5 is not there" in done.stderr
+    assert "datasets/isic2017.h5 does not exist" in done.stderr
     assert "python data.py isic" in done.stderr
     assert "--preset demo" in done.stderr
     assert "Traceback" not in done.stderr
@@ -613,6 +618,7 @@ def test_an_existing_run_is_not_touched(run_script, dataset, tmp_path):
     assert (tmp_path / "r" / "history.csv").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_the_demo_as_a_user_runs_it_smaller(run_script, tmp_path):
     options = "--initial 16 --pool 20 --test 8 --initial-epochs 1 --active-epochs 1 --iterations 1 --passes 2"
     done = run_script("train.py", "--preset", "demo", "--run", "runs/demo", *options.split())
