@@ -39,6 +39,7 @@ RUNS = [Run(regime, arm, 1) for regime in REGIMES for arm in ARMS]
 # ---------------------------------------------------------------------------------------------------------- the arms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.regime}-{run.arm}")
 def test_every_arm_trains_as_long_on_as_many_annotations(run):
     config = configure(run, PAPER)
@@ -196,6 +197,7 @@ def reproduction(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_table_figures_and_every_number(reproduction):
     out = reproduction / "res"
     rows = read_csv(out / "table.csv")
@@ -217,6 +219,7 @@ def test_a_table_figures_and_every_number(reproduction):
     assert {f"{name}.{kind}" for name in drawn for kind in ("png", "pdf")} == names
 
 
+@pytest.mark.slow
 def test_a_record_holds_each_test_images_dice_and_no_weights(reproduction):
     for record in (reproduction / "res" / "records").iterdir():
         assert not list(record.glob("*.h5"))
@@ -264,6 +267,7 @@ def test_an_arm_that_begins_with_anothers_iterations_is_the_same_as_one_that_doe
     assert not (reproduction / "alone" / "table.csv").exists()
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_done_again(reproduction, monkeypatch, capsys):
     monkeypatch.chdir(reproduction)
     monkeypatch.setattr(reproduce, "start", lambda *_: pytest.fail("a run was started"))
@@ -275,6 +279,7 @@ def test_finished_runs_are_not_done_again(reproduction, monkeypatch, capsys):
     assert (reproduction / "res" / "table.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_record_of_other_settings_is_refused_by_name(reproduction, monkeypatch):
     monkeypatch.chdir(reproduction)
     monkeypatch.setattr(reproduce, "start", lambda *_: pytest.fail("a run was started"))
@@ -284,6 +289,7 @@ def test_a_record_of_other_settings_is_refused_by_name(reproduction, monkeypatch
             start(monkeypatch, "--out", "res", *TINY.split(), "--active-learning-rate", 0.001, *more)
 
 
+@pytest.mark.slow
 def test_records_of_different_data_are_refused_by_name(reproduction, monkeypatch, tmp_path):
     shutil.copytree(reproduction / "res" / "records", tmp_path / "res" / "records")
     monkeypatch.chdir(tmp_path)
@@ -293,6 +299,7 @@ def test_records_of_different_data_are_refused_by_name(reproduction, monkeypatch
         start(monkeypatch, "--out", "res", "--report", *TINY.split())
 
 
+@pytest.mark.slow
 def test_runs_on_other_data_than_the_records_are_refused_before_they_start(reproduction, monkeypatch, tmp_path):
     monkeypatch.chdir(reproduction)
     monkeypatch.setattr(reproduce, "start", lambda *_: pytest.fail("a run was started"))
@@ -304,6 +311,7 @@ def test_runs_on_other_data_than_the_records_are_refused_before_they_start(repro
         start(monkeypatch, *more, "none.h5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "content"),
     [("environment.json", "{"), ("history.csv", ""), ("history.csv", "annotations,dice,jaccard\n100,0.8,0.7\n")]
@@ -318,6 +326,7 @@ def test_a_damaged_record_is_refused_by_name(reproduction, monkeypatch, tmp_path
         start(monkeypatch, "--out", "res", "--report", *TINY.split())
 
 
+@pytest.mark.slow
 def test_an_unfinished_record_is_ignored_and_an_unknown_one_is_named(reproduction, monkeypatch, tmp_path):
     shutil.copytree(reproduction / "res" / "records", tmp_path / "res" / "records")
     monkeypatch.chdir(tmp_path)
@@ -330,6 +339,7 @@ def test_an_unfinished_record_is_ignored_and_an_unknown_one_is_named(reproductio
         (tmp_path / "res/records" / strange).rmdir()
 
 
+@pytest.mark.slow
 def test_iterations_of_other_settings_are_not_shared(reproduction, monkeypatch):
     monkeypatch.chdir(reproduction)
     run, folder = Run("scarce", "uncertain_only", 1), reproduction / "runs/res/scarce-uncertain_only-1"
