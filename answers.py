@@ -104,7 +104,13 @@ def read_answers(folder, asked, ids=()):
     Returns a dict of id to the mask's Path or the rejection's reason, a str, and what is wrong, a list of sentences."""
     rejections, wrong = read_rejections(folder / "queries.csv", asked)
     masks, find = {}, finder(asked, ids)
-    for path in sorted((folder / "masks").glob("*")):
+    try:
+        names = sorted(os.listdir(folder / "masks"))
+    except OSError as error:
+        names = []
+        if (folder / "masks").is_symlink() or not isinstance(error, FileNotFoundError):  # not merely removed
+            wrong.append(f"{folder / 'masks'}: cannot be read ({error.strerror}); restore it, or give access to it")
+    for path in (folder / "masks" / name for name in names):
         if path.name.startswith(".") or path.name.lower() in IGNORED:
             continue
         if not path.is_file():
@@ -164,20 +170,23 @@ def read_rejections(path, asked):
         id_column, column = header.index("id"), header.index("answer")
     except (ValueError, csv.Error):
         return {}, [f"{path}: its first line lacks the columns id and answer; {NEW_TABLE}"]
-    given, names = [], {id.strip(): id for id in asked}
+    given, misplaced, names = [], [], {id.strip(): id for id in asked}
     for row in rows:
         row += [""] * (len(header) - len(row))  # a spreadsheet program may omit empty cells
         cells = [row[column], *row[len(header) :]]  # a reason with commas
         answer = ", ".join(filter(None, (cell.strip() for cell in cells)))
+        elsewhere = [cell for n, cell in enumerate(row[: len(header)]) if n != column and REJECT.match(cell.strip())]
+        if elsewhere and not answer:
+            misplaced.append(f"{path}: {elsewhere[0]!r} is not in the column answer; move it there")
         id = composed(row[id_column])
         id = id if id in ids else names.get(id.strip(), id.strip())
         if id or answer:
             given.append((id, answer))
     if damage := difference([id for id, _ in given], asked):
         return {}, [f"{path}: {damage}, so none of its answers is taken; {NEW_TABLE}"]
-    rejections, wrong = {}, []
+    rejections, wrong = {}, misplaced
     for id, answer in given:
-        match = re.fullmatch("reject(?:ed)?[ :]*(.*)", answer, re.IGNORECASE | re.DOTALL)
+        match = REJECT.fullmatch(answer)
         if match:
             rejections[id] = match[1] or "no reason given"
         elif answer:
@@ -185,8 +194,10 @@ def read_rejections(path, asked):
     return rejections, wrong
 
 
+REJECT = re.compile("reject(?:ed)?[ :]*(.*)", re.IGNORECASE | re.DOTALL)
 NEW_TABLE = (
-    "delete the file and start again, which writes it anew; then import its column id as text, or use a text editor"
+    "move the file aside and start again, which writes it anew; then copy your answers into it with a text editor, or "
+    "with its column id imported as text"
 )
 
 

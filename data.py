@@ -102,7 +102,7 @@ def read_pairs(pairs, height, width, channels):
         errors += found
         if not errors:
             yield row
-            covers += [row.cover] * (row.mask is not None)
+            covers += [(row.id, *row.cover)] * (row.mask is not None)
             unclear += [row.id] * row.unclear
     if len(errors) == 1:
         raise errors[0]
@@ -400,9 +400,11 @@ def make_isic(args):
     """`data.py isic`: convert the challenge's folders to one file."""
     check_output(args.out, args.force)
     size = args.height, args.width, args.channels
-    pairs = find_pairs(args.source)
+    pairs, left_out = find_pairs(args.source)
     write_dataset(args.out, read_pairs(pairs, *size), len(pairs), *size, "ISIC 2017", args.force, args.source)
     print(f"{args.out}: {len(pairs)} images; next: python train.py --data {args.out}")
+    if left_out:
+        print(printable(left_out_line(left_out)))
 
 
 def make_folder(args):

@@ -7,6 +7,7 @@ import contextlib
 import io
 import itertools
 import shlex
+import sys
 import time
 from hashlib import blake2b
 from pathlib import Path
@@ -180,9 +181,10 @@ class FolderOracle:
             print(f"{folder}: draw masks of {len(ids)} images as its README.txt explains", flush=True)
         while True:
             state = self._state()
-            self.collect()
+            wrong = self.collect()
             missing = [id for id in ids if id not in self._answers]
-            if not missing or (self.partial and self._enough(iteration, ids)):
+            # While an answer is refused, its image must not be trained on: the correct answer may come too late then.
+            if not (missing or wrong) or (self.partial and self._enough(iteration, ids)):
                 break
             if not self.wait:
                 for id in () if new else missing:
@@ -235,7 +237,8 @@ class FolderOracle:
         wrong, before = [], len(self._rows)
         self._append(self._accepted(wrong), self._closed)
         if len(self._rows) > before:
-            print(f"{self.path}: {len(self._rows) - before} answers accepted", flush=True)
+            unused = "; no iteration is left that could use them" if self._closed >= self.last else ""
+            print(f"{self.path}: {len(self._rows) - before} answers accepted{unused}", flush=True)
         for line in wrong:
             if line not in self._reported:
                 print_error(line)
@@ -264,7 +267,7 @@ class FolderOracle:
                 since = f", from iteration {answer.iteration} on" if earlier.iteration < answer.iteration else ""
                 print(f"{place}: this {kind(answer)} of {id} replaces the earlier {kind(earlier)}{since}", flush=True)
             if mask is not None:
-                covers.append(mask_cover(mask))
+                covers.append((given.name, *mask_cover(mask)))
                 self._warn_if_turned(given, folder, id, mask)
             yield answer, mask
         if warning := inverted_warning(covers):
@@ -398,7 +401,7 @@ class FolderOracle:
             for (id, _, position), proposal in zip(asked, maps):
                 self._write_image(partial, id, position, proposal)
             write_table(partial, [(id, group) for id, group, _ in asked])
-            command = f"python train.py --run {shlex.quote(str(self.run))}"
+            command = f"python {shlex.quote(sys.argv[0])} --run {shlex.quote(str(self.run))}"
             proposals = PROPOSALS if propose else NO_PROPOSALS
             text = README.format(count=len(asked), proposals=proposals, cwd=Path.cwd(), command=command)
             (partial / "README.txt").write_text(text, encoding="utf-8")

@@ -235,18 +235,22 @@ class Pair(NamedTuple):
     mask: str  # "" if there is none
 
 
+BESIDE = ".txt", ".csv", "_superpixels.png"  # what the challenge puts beside its images
+
+
 def find_pairs(source):
-    """Find the image and the mask of every id in the ISIC 2017 folders in `source`: a list of Pair, by part and id.
+    """Find the image and the mask of every id in the ISIC 2017 folders in `source`: a list of Pair, by part and id,
+    and a list of LeftOut.
 
     They may be one level deeper, as the zips unpack. Raises UserError if a file is missing or an id is there twice.
     """
     source = Path(source)
     if not source.is_dir():
         raise UserError(f"{source}: there is no such folder; give the folder that contains ISIC-2017_Training_Data")
-    pairs = []
+    pairs, left_out = [], []
     for part, name in PARTS.items():
-        images = _files_by_id(source, f"ISIC-2017_{name}_Data", r"(ISIC_\d+)\.jpe?g")
-        masks = _files_by_id(source, f"ISIC-2017_{name}_Part1_GroundTruth", r"(ISIC_\d+)_segmentation\.png")
+        images = _files_by_id(source, f"ISIC-2017_{name}_Data", r"(ISIC_\d+)\.jpe?g", left_out)
+        masks = _files_by_id(source, f"ISIC-2017_{name}_Part1_GroundTruth", r"(ISIC_\d+)_segmentation\.png", left_out)
         if part == "train" and not images:
             raise UserError(f"{source}: no ISIC_*.jpg in ISIC-2017_Training_Data here or one level deeper; unpack it")
         for these, others, kind in ((images, masks, "mask"), (masks, images, "image")):
@@ -260,15 +264,18 @@ def find_pairs(source):
     (id, count), *_ = Counter(pair.id for pair in pairs).most_common(1)
     if count > 1:
         raise UserError(f"{id} is in two parts of the challenge's data; remove it from one of them")
-    return pairs
+    return pairs, left_out
 
 
-def _files_by_id(source, folder, pattern):
+def _files_by_id(source, folder, pattern, left_out):
+    """A dict of id to path in the folders of this name. Adds files that the challenge does not have to `left_out`."""
     files = []
     for found in sorted([*source.glob(folder), *source.glob(f"*/{folder}")]):
         for name in sorted(os.listdir(found)) if found.is_dir() else []:
             if match := re.fullmatch(pattern, name, re.IGNORECASE):
                 files.append((match[1].upper(), os.path.join(found, name)))
+            elif not (name.startswith(".") or name.lower() in IGNORED or name.endswith(BESIDE)):
+                left_out.append(LeftOut(os.path.join(found, name), "other"))
     return one_of_each(files)
 
 
@@ -488,17 +495,22 @@ def mask_cover(mask):
 
 
 def inverted_warning(covers):
-    """A sentence if some masks seem to be black on white, else None. covers: a list of what `mask_cover` returned.
+    """A sentence if some masks seem to be black on white, else None. covers: a list of (name, corners, share), the last
+    two of `mask_cover`.
 
     Of ISIC 2017's 2,000 training masks 168 cover over half of the picture, but none covers all four corners."""
-    corners, large = sum(corners for corners, _ in covers), sum(share > 0.5 for _, share in covers)
+    corners, large = ([name for name, *cover in covers if cover[k] > 0.5] for k in (0, 1))
     if corners:
-        found = f"{corners} of {len(covers)} masks cover all four corners of their picture"
-    elif len(covers) >= 4 and large > len(covers) / 4:
-        found = f"{large} of {len(covers)} masks cover over half of their picture"
+        names, found = corners, "all four corners"
+    elif len(covers) >= 4 and len(large) > len(covers) / 4:
+        names, found = large, "over half"
     else:
         return None
-    return f"{found}: is the lesion white and the skin black? If not, invert these masks"
+    some = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+    return (
+        f"{len(names)} of {len(covers)} masks cover {found} of their picture ({some}): is the lesion white and the "
+        "skin black? If not, invert these masks"
+    )
 
 
 def turned_warning(names):

@@ -388,7 +388,7 @@ def warn_of_truths(results, truths):
     turned = [str(truths[result.name]) for result in results if result.turned]
     some = ", ".join(turned[:10]) + ", ..." * (len(turned) > 10)
     fits = f"{some}: fits the prediction far better if drawn on the picture before its turn by EXIF; turn the mask"
-    covers = [result.cover for result in results if result.cover]
+    covers = [(result.name, *result.cover) for result in results if result.cover]
     for warning in (inverted_warning(covers), turned_warning(unclear), fits if turned else None):
         if warning:
             print_warning(warning)

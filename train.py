@@ -259,6 +259,11 @@ def open_dataset(config):
         rows = (draw_row(index, config.split_seed, *size) for index in range(count))
         if not path.exists():
             write_dataset(path, rows, count, *size, "synthetic lesions")
+    elif not path.exists() and Path(config.run, "config.json").exists():
+        raise UserError(
+            f"{path} does not exist here, and {config.run} was started with it: give the same command in the folder "
+            "where it was started, or give the file's new place with --data"
+        )
     elif not path.exists():
         small = " --height 96 --width 128"
         size = {"quick": small, "best": f"{small} --channels 3"}.get(config.preset, "")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from answers import read_answers, read_rejections
+from answers import read_answers, read_rejections, write_table
 from utils import write_csv
 
 NAMES = ["IMG_1", "0012", "1E05", "3-12", "20240131123456789012", "MAR1", "2024-01-05"]
@@ -37,7 +37,7 @@ def test_an_id_that_a_spreadsheet_program_changed_is_explained_and_nothing_is_ta
         assert rejections == {}
         assert line.startswith(f"{path}: a spreadsheet program changed the id {id} to {cell} (")
         assert how in line
-        assert "delete the file and start again" in line
+        assert "move the file aside and start again" in line
 
 
 @pytest.mark.parametrize(
@@ -112,3 +112,32 @@ def test_a_mask_is_never_taken_for_another_image(tmp_path, name, id):
     (tmp_path / "masks" / name).touch()
     answers, wrong = read_answers(tmp_path, asked, [*asked, "img_2"])
     assert (list(answers), len(wrong)) == (([id], 0) if id else ([], 1))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "id,group,answer,note\nA,random,,\nB,random,,reject: blurred\n",
+        "id,group,answer\nA,random,\nB,reject: blurred,\n",
+        "note,id,answer\n,A,\nreject: blurred,B,\n",
+    ],
+)
+def test_a_rejection_in_another_column_is_not_ignored(tmp_path, table):
+    path = tmp_path / "queries.csv"
+    path.write_text(table)
+    rejections, wrong = read_rejections(path, ["A", "B"])
+    assert rejections == {}
+    assert wrong == [f"{path}: 'reject: blurred' is not in the column answer; move it there"]
+
+
+@pytest.mark.parametrize("place", ["link", "file"])
+def test_a_folder_of_masks_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, place):
+    write_table(tmp_path, [("A", "random")])
+    if place == "link":
+        (tmp_path / "masks").symlink_to(tmp_path / "unmounted")
+    else:
+        (tmp_path / "masks").touch()
+    answers, wrong = read_answers(tmp_path, ["A"])
+    assert answers == {}
+    assert len(wrong) == 1
+    assert wrong[0].startswith(f"{tmp_path / 'masks'}: cannot be read")

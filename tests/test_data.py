@@ -313,7 +313,7 @@ BLOCK = 255 * np.pad(np.ones((20, 30)), ((10, 34), (20, 46)))
     ("masks", "warning"),
     [
         ([BLOCK] * 8, None),
-        ([255 - BLOCK] * 8, "warning: 8 of 8 masks cover all four corners of their picture: is the lesion white"),
+        ([255 - BLOCK] * 8, "warning: 8 of 8 masks cover all four corners of their picture ("),
         ([BLOCK] * 7 + [0 * BLOCK + 255], "warning: 1 of 8 masks cover all four corners"),
         ([255 * (np.indices((64, 96))[0] < 40)] * 3 + [BLOCK] * 5, "warning: 3 of 8 masks cover over half"),
         ([255 * (np.indices((64, 96))[0] < 40)] * 2 + [BLOCK] * 6, None),

@@ -242,11 +242,13 @@ def test_a_whole_run_with_a_person_who_starts_with_no_masks(go, hospital, few_ma
     assert not set(third) & {*first, *second[:3]}
     for id in third:
         save_mask(truths[id], folder / "masks" / f"{id}.png")
-    code, out, err = go(run)
-    assert code == 2  # because an answer was refused
-    assert err.count("\n") == 1
-    assert f"{second[0]}.png: {second[0]} is answered already; the earlier mask is kept" in err
-    assert "with --correct, this mask counts from iteration 2 on" in err
+    for options in (), ("--partial",):  # nothing is trained while an answer is refused, unless the person says so
+        code, out, err = go(run, *options)
+        assert code == 2
+        assert err.count("\n") == 1
+        assert f"{second[0]}.png: {second[0]} is answered already; the earlier mask is kept" in err
+        assert "with --correct, this mask counts from iteration 2 on" in err
+        assert (run / "iteration_02").exists() == bool(options)
     np.testing.assert_array_equal(kept(run)[second[0]][3], masks[second[0]])
     assert kept(run)[second[3]][0] == 2
     history = read_csv(run / "history.csv")
@@ -679,7 +681,7 @@ def test_a_table_that_is_deleted_is_written_anew(oracle, hospital, capsys, spoil
         path.write_text(spoil)
         (line,) = oracle(ask=False).collect()
         assert line.startswith(f"{path}: ")
-        assert "delete the file and start again" in line
+        assert "move the file aside and start again" in line
     path.unlink()
     capsys.readouterr()
     assert oracle(ask=False).collect() == []

@@ -506,21 +506,24 @@ INVERTED_MASKS = {
 def test_an_inverted_mask_is_noticed_by_its_corners(tmp_path, name):
     INVERTED_MASKS[name].save(tmp_path / name)
     cover = mask_cover(np.asarray(open_mask(tmp_path / name)))
-    assert inverted_warning([cover]).startswith("1 of 1 masks cover all four corners of their picture: is the lesion")
-    assert inverted_warning([(False, 0.2), cover, cover]).startswith("2 of 3 masks")
+    warning = inverted_warning([("x.png", *cover)])
+    assert warning.startswith("1 of 1 masks cover all four corners of their picture (x.png): is the lesion")
+    covers = [("a", False, 0.2), ("b", *cover), ("c", *cover)]
+    assert inverted_warning(covers).startswith("2 of 3 masks cover all four corners of their picture (b, c): ")
 
 
 def test_a_tiff_in_which_white_is_zero_is_inverted(tmp_path):
     tifffile.imwrite(tmp_path / "x.tif", DISC, photometric="miniswhite")
-    assert inverted_warning([mask_cover(np.asarray(open_mask(tmp_path / "x.tif")))])
+    assert inverted_warning([("x.tif", *mask_cover(np.asarray(open_mask(tmp_path / "x.tif"))))])
 
 
 def test_large_masks_are_named_only_if_they_are_many():
-    large, small = (False, 0.6), (False, 0.3)
-    assert inverted_warning([large, large, small, small]).startswith("2 of 4 masks cover over half of their picture")
+    large, small = ("large", False, 0.6), ("small", False, 0.3)
+    warning = inverted_warning([large, large, small, small])
+    assert warning.startswith("2 of 4 masks cover over half of their picture (large, large): ")
     assert inverted_warning([large, small, small, small]) is None  # not more than a quarter
     assert inverted_warning([large, large, large]) is None  # fewer than four
-    assert inverted_warning([(False, 0.5)] * 8) is None
+    assert inverted_warning([("half", False, 0.5)] * 8) is None
     assert inverted_warning([]) is None
 
 

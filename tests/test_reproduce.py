@@ -27,6 +27,8 @@ from experiment import (
     needed,
     rate_pool,
     reached,
+    read_pool,
+    read_pools,
     region_edges,
     summarise,
 )
@@ -387,3 +389,52 @@ def test_wrong_options_are_refused_by_name(wrong, tmp_path, monkeypatch):
     ):
         start(monkeypatch, "--out", "res", *wrong.split())
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------- selections and scores in records
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A finished run of two iterations that scored pools of 5 and 3 images."""
+    run, pools = tmp_path / "run", {1: "edcba", 2: "cae"}
+    for k in range(3):
+        write_csv(run / f"iteration_{k:02d}" / "test.csv", ["id", "dice"], [["t", 0.5]])
+    for k, ids in pools.items():
+        folder = run / f"iteration_{k:02d}"
+        scores = [(id, k + n / 7, n / 11) for n, id in enumerate(ids)]
+        write_csv(folder / "scores.csv", ["id", "uncertainty", "dice"], scores)
+        write_csv(folder / "queries.csv", ["id", "group"], [(ids[0], "no_detection"), (ids[1], "pseudo")])
+        (folder / "examples.png").touch()
+    write_csv(run / "history.csv", ["iteration"], [[k] for k in range(3)])
+    for name in "config.json", "environment.json":
+        (run / name).write_text("{}")
+    return run
+
+
+@pytest.mark.parametrize("seed", [1, 7])
+def test_a_record_keeps_what_was_selected_and_each_pool_images_score_and_dice(finished, tmp_path, seed):
+    keep_record(Run("scarce", "power", seed), finished, tmp_path)
+    record = tmp_path / "records" / f"scarce-power-{seed}"
+    rows = [tuple(row.values()) for row in read_csv(record / "queries.csv")]
+    assert rows == [("1", "e", "no_detection"), ("1", "d", "pseudo"), ("2", "c", "no_detection"), ("2", "a", "pseudo")]
+    with np.load(record / "pool_images.npz") as stored:
+        assert stored["ids"].tolist() == list("abcde")
+        assert stored["iterations"].tolist() == [1, 2]
+        np.testing.assert_allclose(stored["score"][1], [2 + 1 / 7, np.nan, 2, np.nan, 2 + 2 / 7], rtol=1e-6)
+        np.testing.assert_allclose(stored["dice"][0], np.array([4, 3, 2, 1, 0]) / 11, rtol=1e-6)
+    for k, pool in read_pools(record).items():
+        expected = read_pool(finished / f"iteration_{k:02d}")
+        order = np.argsort(expected["id"])
+        assert pool["id"].tolist() == expected["id"][order].tolist()
+        assert pool["group"].tolist() == expected["group"][order].tolist()
+        np.testing.assert_allclose(pool["score"], expected["score"][order], rtol=1e-6)
+
+
+def test_the_pools_of_older_records_are_read(finished, tmp_path):
+    for k in 1, 2:
+        for name in "scores.csv", "queries.csv":
+            shutil.copy(finished / f"iteration_{k:02d}" / name, tmp_path / f"iteration_{k:02d}_{name}")
+    pools = read_pools(tmp_path)
+    assert {k: pool["id"].tolist() for k, pool in pools.items()} == {1: list("edcba"), 2: list("cae")}
+    assert pools[2]["group"].tolist() == ["no_detection", "pseudo", ""]
