@@ -363,7 +363,7 @@ def main():
                 with tensorflow_errors():
                     history = run_loop(Trainer(config, dataset, mean, std), parts, run, oracle)
             except Unanswered as waiting:
-                print(f"when more masks are there (or now, with --partial), {go_on}")
+                print(f"when all answers are there and correct (or now, with --partial), {go_on}")
                 return 2 if waiting.invalid else 0
     print_end(history, run)
     return 2 if oracle.refused else 0
