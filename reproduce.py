@@ -37,7 +37,7 @@ from experiment import (
     record_folders,
     recorded_data,
 )
-from run_folder import outlasting_output
+from process import outlasting_output
 from utils import UserError, cores, progress_bar, read_csv, run_command, whole_file, whole_folder, write_csv
 
 # ------------------------------------------------------------------------------------------------------------- the runs

@@ -21,6 +21,7 @@ from config import DEMO_SIZE, read_command_line
 from data import Dataset, draw_row, hold_out, normalisation, split, write_dataset
 from figures import figure_examples, figure_overview, figure_scores
 from oracle import Unanswered, find_oracle
+from process import outlasting_output, stopped_at_once
 from run_folder import (
     HISTORY,
     INITIAL,
@@ -29,10 +30,8 @@ from run_folder import (
     forget_selections,
     locked,
     only_ours,
-    outlasting_output,
     read_last_selection,
     read_queries,
-    stopped_at_once,
     write_history,
     write_queries,
 )
