@@ -220,7 +220,7 @@ def exhaust(items):
 def bench_reading(folder, rounds):
     """Time `data.py isic` on photographs of 6 to 24 megapixels, and only their decoding, images at reduced scale."""
     write_photographs(folder, MEGAPIXELS)
-    pairs, size = data.find_pairs(folder) * 6, (192, 240, 1)
+    pairs, size = data.find_pairs(folder)[0] * 6, (192, 240, 1)
     pairs = [pair._replace(id=f"BENCH_{n:07d}") for n, pair in enumerate(pairs)]
 
     def decode(pair):

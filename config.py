@@ -245,9 +245,8 @@ def read_config(arguments=None):
 
 
 def stored_config(run, given):
-    """The Config of an existing run. Its batch size may change, in case the memory does not suffice, and so may the
-    place of its data file, whose content is checked. Raises UserError if config.json is damaged or another given
-    setting differs."""
+    """The Config of an existing run; only its batch size may change, in case the memory does not suffice. Raises
+    UserError if config.json is damaged or another given setting differs."""
     path = run / "config.json"
     try:
         config = Config(**json.loads(path.read_text()))
@@ -255,8 +254,7 @@ def stored_config(run, given):
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: not the settings of this version of train.py ({error}); give another --run")
     config.run = str(run)
-    for name in "batch_size", "data":
-        setattr(config, name, given.get(name, getattr(config, name)))
+    config.batch_size = given.get("batch_size", config.batch_size)
     check(config)
     for name, value in given.items():
         stored = getattr(config, name)

@@ -261,7 +261,7 @@ def open_dataset(config):
     elif not path.exists() and Path(config.run, "config.json").exists():
         raise UserError(
             f"{path} does not exist here, and {config.run} was started with it: give the same command in the folder "
-            "where it was started, or give the file's new place with --data"
+            "where it was started, or put the file back"
         )
     elif not path.exists():
         small = " --height 96 --width 128"

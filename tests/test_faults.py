@@ -215,6 +215,15 @@ def test_other_settings_and_other_data_are_refused_by_name(refused, half_run, da
         data_file.write_bytes(before)
 
 
+def test_a_run_whose_data_file_is_not_found_is_not_told_to_download_isic(refused, half_run, data_file, tmp_path):
+    stored = half_run / "config.json"
+    stored.write_text(stored.read_text().replace(str(data_file), "relative.h5"))
+    said = refused(half_run)
+    assert f"relative.h5 does not exist here, and {half_run} was started with it" in said
+    assert "in the folder where it was started" in said
+    assert "download" not in said
+
+
 @pytest.mark.parametrize(
     ("named", "file", "spoil"),
     [

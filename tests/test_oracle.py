@@ -1077,7 +1077,7 @@ def test_a_whole_run_on_real_images_with_edited_proposals(go, tmp_path):
     source = Path(os.environ["ISIC2017_DIR"])
     photos, drawn, truths = tmp_path / "photos", tmp_path / "drawn", {}
     photos.mkdir(), drawn.mkdir()
-    for n, pair in enumerate([pair for pair in data.find_pairs(source) if pair.part == "train"][:60]):
+    for n, pair in enumerate([pair for pair in data.find_pairs(source)[0] if pair.part == "train"][:60]):
         shutil.copy(pair.image, photos)
         truths[pair.id] = Path(pair.mask)
         if n < 25:
