@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from utils import UserError, composed
+from utils import UserError, composed, first_of
 
 # Silence Pillow's warnings: a file is either read or rejected with our own message.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -219,7 +219,7 @@ def left_out_line(left_out):
     parts = []
     for names, kind in ([os.path.basename(path) for path, _ in files], "file"), (folders, "folder"):
         if names:
-            some = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+            some = first_of(names)
             parts.append(f"{len(names)} {kind}{'s' * (len(names) > 1)} ({some})")
     advice = [text for reason, text in ADVICE.items() if text and any(item.reason == reason for item in left_out)]
     return f"left out: {'; '.join([', '.join(parts), *advice])}" if parts else None
@@ -434,7 +434,7 @@ def _at_edge(picture, count):
 
 def _other_values(path, kind, values):
     """A UserError that names the first six of these values (or colours) of what is not a mask."""
-    some = ", ".join(map(str, values[:6])) + ", ..." * (len(values) > 6)
+    some = first_of(values, 6)
     found = f"{len(values)} {kind}{'s' * (len(values) > 1)}: {some}" if values else f"more than 256 {kind}s"
     return UserError(f"{path}: not a mask, it has {found}; save it with two, 0 for skin and 255 for lesion")
 
@@ -506,7 +506,7 @@ def inverted_warning(covers):
         names, found = large, "over half"
     else:
         return None
-    some = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+    some = first_of(names)
     return (
         f"{len(names)} of {len(covers)} masks cover {found} of their picture ({some}): is the lesion white and the "
         "skin black? If not, invert these masks"
@@ -517,7 +517,7 @@ def turned_warning(names):
     """A sentence about the masks with these names, whose size does not tell which way they were drawn, or None."""
     if not names:
         return None
-    some = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+    some = first_of(names)
     return (
         f"{len(names)} mask{'s' * (len(names) > 1)} ({some}) taken as drawn on the picture as displayed, turned by its "
         "EXIF orientation; the size cannot tell, so check that the drawing program turned it too"

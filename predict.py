@@ -48,6 +48,7 @@ from utils import (
     UserError,
     composed,
     cores,
+    first_of,
     map_in_order,
     print_error,
     print_warning,
@@ -361,7 +362,7 @@ def report_ratings(results, out):
     """Print the mean of each metric with its interval, and write each image's metrics to out/metrics.csv."""
     without = [result.name for result in results if result.rating is None]
     if without:
-        some = ", ".join(without[:10]) + ", ..." * (len(without) > 10)
+        some = first_of(without, 10)
         print(f"not evaluated (no true mask): {len(without)} images ({some})")
     rated = {result.name: result.rating for result in results if isinstance(result.rating, dict)}
     if not rated:
@@ -386,7 +387,7 @@ def warn_of_truths(results, truths):
     """Print warnings about true masks that may be inverted or turned. truths: a dict of name to the mask's path."""
     unclear = [result.name for result in results if result.unclear]
     turned = [str(truths[result.name]) for result in results if result.turned]
-    some = ", ".join(turned[:10]) + ", ..." * (len(turned) > 10)
+    some = first_of(turned, 10)
     fits = f"{some}: fits the prediction far better if drawn on the picture before its turn by EXIF; turn the mask"
     covers = [(result.name, *result.cover) for result in results if result.cover]
     for warning in (inverted_warning(covers), turned_warning(unclear), fits if turned else None):

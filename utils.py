@@ -126,6 +126,11 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def first_of(names, most=5):
+    """The first names of a list, separated by commas, with dots if there are more."""
+    return ", ".join(map(str, names[:most])) + ", ..." * (len(names) > most)
+
+
 def in_one_line(error):
     """The first 200 characters of a library's error message, without line breaks."""
     return " ".join(str(error).split())[:200]
