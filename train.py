@@ -69,6 +69,8 @@ def run_loop(trainer, parts, run, oracle):
         forget_selections(config, run, len(history))
         write_history(history, run)
         print_iteration(history[-1])
+    for leftover in trainer.leftovers:  # of a start that was killed before it removed them
+        leftover.unlink(missing_ok=True)
     if not (run / "overview.png").exists():
         draw_overview(trainer, pool, history, run)
     return history
