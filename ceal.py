@@ -6,7 +6,7 @@ Nothing here knows files, people or networks.
 """
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import distance_transform_edt, find_objects
 
 BINS = 80  # of the histogram of scores [C]
 UNCERTAIN_BINS = 5  # the last ones hold the most uncertain images [C]
@@ -18,9 +18,14 @@ RANDOM_FROM, RANDOM_TO = 6, 47  # random images lie between the lower edges of b
 
 def inside(lesion):
     """Distance to the contour inside the lesion, 0 outside [C]; 0 for an empty lesion, 1 for one without background."""
-    if lesion.all():
-        return np.ones(lesion.shape)
-    return _scaled(distance_transform_edt(lesion))
+    if lesion.all() or not lesion.any():
+        return np.full(lesion.shape, float(lesion.all()))
+    weights = np.zeros(lesion.shape)
+    # The background that is nearest to a pixel of the lesion is not beyond the pixels around its bounding box.
+    (box,) = find_objects(lesion.view(np.uint8))
+    box = tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in box)
+    weights[box] = _scaled(distance_transform_edt(lesion[box]))
+    return weights
 
 
 def both(lesion):

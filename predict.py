@@ -445,9 +445,10 @@ def main():
         truths, others = find_truths(args.truth, images, args.recursive, [args.out])
         used = {str(path) for path in truths.values()}
         left_out = list({item.path: item for item in left_out + others if item.path not in used}.values())
-    from unet import load_unet, print_devices, tensorflow_errors  # here, because TensorFlow takes seconds to import
+    from devices import tensorflow_errors, use_devices  # here, because TensorFlow takes seconds to import
+    from unet import load_unet
 
-    print_devices()
+    use_devices()
     with tensorflow_errors():
         model, settings = load_unet(weights, args.precision)
     passes = args.passes if args.uncertainty else 0

@@ -46,24 +46,27 @@ PACKAGES = ["keras", "numpy", "scipy", "scikit-image", "pillow", "h5py", "matplo
 
 def begin(config, dataset, run, tensorflow):
     """Write config.json and environment.json. If an earlier start wrote them, check that the data are the same, and
-    store another batch size.
+    store another batch size. Returns what environment.json holds.
 
     tensorflow: a dict that is added to environment.json. Raises UserError for other data or a damaged file."""
     fingerprint, path = dataset.fingerprint(), run / "environment.json"
     if (run / "config.json").exists():
         try:
-            stored = json.loads(path.read_text())["data_fingerprint"]
+            stored = json.loads(path.read_text())
+            same = stored["data_fingerprint"] == fingerprint
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path}: not as train.py wrote it ({error}); restore it, or give another --run")
-        if stored != fingerprint:
+        if not same:
             raise UserError(
                 f"{dataset.path} does not hold the images and masks that {run} was started with; restore them, or give "
                 "another --run"
             )
         change_batch_size(config, run)
-        return
-    write_json(run / "environment.json", {**environment(tensorflow), "data_fingerprint": fingerprint})
+        return stored
+    about = {**environment(tensorflow), "data_fingerprint": fingerprint}
+    write_json(path, about)
     write_json(run / "config.json", dataclasses.asdict(config))
+    return about
 
 
 def write_json(path, content):

@@ -5,12 +5,15 @@ dropout. Nothing here trains a network or computes scores.
 """
 
 import functools
+import threading
 from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
 
-from unet import build_unet, halves, kept_units, keras, layers, share_out, tf, unet_settings
+from devices import compiled, keras, on_gpu, share_out, tf
+from unet import build_unet, halves, kept_units, kept_units_of_images, layers, unet_settings
+from utils import map_in_order
 
 
 class Measure(NamedTuple):
@@ -39,7 +42,7 @@ MEASURES = {
 }
 
 
-def mc_dropout(model, images, passes, seed, keys=None, batch_size=16, mean=0.0, std=1.0, measure="variance"):
+def mc_dropout(model, images, passes, seed, keys=None, batch_size=16, mean=0.0, std=1.0, measure="variance", xla=False):
     """Mean and uncertainty map of `passes` stochastic predictions of each image (the paper's section 2 and Fig. 1).
 
     images: uint8 or float32 (N, H, W, C). The network's input is (images - mean) / std; mean and std are one float or
@@ -49,6 +52,7 @@ def mc_dropout(model, images, passes, seed, keys=None, batch_size=16, mean=0.0, 
     mean entropy of the predictions. keys: an int per image that identifies it, such as its position in the data set;
     without keys its pixels do. The dropout mask of a pass depends only on (seed, the image's key, the number of the
     pass), not on batch size, order, other images or the number of devices. batch_size: images per device at a time.
+    xla: compile with XLA, which takes some ten seconds, once; every batch is then filled up to `batch_size`.
     """
     if passes < 1:
         raise ValueError(f"passes must be at least 1, not {passes}")
@@ -57,15 +61,34 @@ def mc_dropout(model, images, passes, seed, keys=None, batch_size=16, mean=0.0, 
     constants = np.int64(passes), np.atleast_1d(np.float32(mean)), np.atleast_1d(np.float32(std))
     maps = np.empty((2, *images.shape[:3]), np.float32)
     step = batch_size * model.distribute_strategy.num_replicas_in_sync
-    for start in range(0, len(images), step):
-        some = slice(start, start + step)
-        maps[:, some] = _on_all_devices(model, images[some], image_seeds[some], constants, measure)
+    with _one_at_a_time:  # not twice, by threads
+        sample = _sampler(model, images.dtype, measure, xla)
+
+    def compute(start):
+        batch = [values[start : start + step] for values in (images, image_seeds)]
+        count = len(batch[0])
+        if xla:
+            batch = [filled_up(values, step) for values in batch]
+        maps[:, start : start + count] = [kind[:count] for kind in _on_all_devices(model, sample, *batch, constants)]
+
+    starts = range(0, len(images), step)
+    # On a GPU the results of a batch are fetched during the next one.
+    for _ in map_in_order(compute, starts, workers=2) if xla else map(compute, starts):
+        pass
     return tuple(maps)
 
 
-def _on_all_devices(model, images, image_seeds, constants, measure):
+_one_at_a_time = threading.Lock()
+
+
+def filled_up(values, count):
+    """Fill an array up to this length with zeros, because XLA compiles anew for every length."""
+    return np.pad(values, [(0, count - len(values)), *[(0, 0)] * (values.ndim - 1)])
+
+
+def _on_all_devices(model, sample, images, image_seeds, constants):
     """(mean, uncertainty) of these images, which are split among the devices of the model's strategy."""
-    strategy, sample = model.distribute_strategy, _sampler(model, images.dtype, measure)
+    strategy = model.distribute_strategy
     maps = sample(*share_out(strategy, images, image_seeds), *map(tf.constant, constants))
     return [np.concatenate(strategy.experimental_local_results(kind)) for kind in maps]
 
@@ -77,7 +100,7 @@ def _image_seeds(names, seed):
 
 
 @functools.lru_cache(maxsize=4)
-def _sampler(model, dtype, measure):
+def _sampler(model, dtype, measure, xla):
     """A compiled function (images, image_seeds, passes, mean, std) -> (mean, uncertainty) for images of this dtype."""
     of_pass, of_all = MEASURES[measure]
     prepare = _decoder_passes(model) if _is_build_unet(model) else _whole_network_passes(model)
@@ -99,7 +122,7 @@ def _sampler(model, dtype, measure):
         return tf.function(lambda *batch: strategy.run(sample, batch), reduce_retracing=True)
     image, channels = tf.TensorSpec((None, *model.input_shape[1:]), dtype), tf.TensorSpec([None], tf.float32)
     image_seeds, passes = tf.TensorSpec([None], tf.int64), tf.TensorSpec([], tf.int64)
-    return tf.function(sample, input_signature=[image, image_seeds, passes, channels, channels])
+    return compiled(sample, "Monte Carlo passes", xla, input_signature=[image, image_seeds, passes, channels, channels])
 
 
 def _is_build_unet(model):
@@ -113,6 +136,8 @@ def _is_build_unet(model):
 def _dropout_masks(shape, rate, image_seeds, number):
     """The units of each image that pass `number` keeps, bool (N, *shape)."""
     seeds = tf.stack([image_seeds, tf.fill(tf.shape(image_seeds), number)], 1)
+    if on_gpu():
+        return kept_units_of_images(shape, rate, seeds)
     return tf.map_fn(lambda seed: kept_units(shape, rate, seed), seeds, fn_output_signature=tf.bool)
 
 
@@ -149,7 +174,7 @@ def _whole_network_passes(model):
 def _decoder_passes(model):
     """The fast sampler, for `build_unet`: the same passes, by its `halves`. The encoder runs once per image, because
     dropout comes after it. See `_sampler`."""
-    dropout, (encode, decode) = model.get_layer("dropout"), halves(model)
+    dropout, (encode, decode) = model.get_layer("dropout"), halves(model, on_gpu())
 
     def prepare(images, image_seeds):
         bottleneck, rest = encode(images)

@@ -347,8 +347,8 @@ def main():
 
     with locked(run), stopped_at_once(advise):
         # Here, because TensorFlow takes seconds to import.
+        from devices import about_tensorflow, tensorflow_errors
         from trainer import Trainer, prepare
-        from unet import about_tensorflow, tensorflow_errors
 
         prepare(config)
         for leftover in run.glob(".partial-*"):
@@ -358,11 +358,12 @@ def main():
             parts = hold_out(parts, dataset, config.validation, config.split_seed)
             oracle = find_oracle(config, dataset, parts, run, switches)
             print_plan(config, dataset, parts)
-            begin(config, dataset, run, about_tensorflow())
+            about = begin(config, dataset, run, about_tensorflow())
             mean, std = normalisation(dataset, np.concatenate([parts.initial, parts.pool]))
             try:
                 with tensorflow_errors():
-                    history = run_loop(Trainer(config, dataset, mean, std), parts, run, oracle)
+                    trainer = Trainer(config, dataset, mean, std, about.get("gpu_memory"))
+                    history = run_loop(trainer, parts, run, oracle)
             except Unanswered as waiting:
                 print(f"when all answers are there and correct (or now, with --partial), {go_on}")
                 return 2 if waiting.invalid else 0

@@ -1,8 +1,9 @@
-"""The network of a run: batches, augmentation, the training step, checkpoint, scoring, evaluation.
+"""The network of a run: the training step, checkpoint, scoring, evaluation.
 
 The loop over the iterations is in train.py.
 """
 
+import functools
 import json
 import os
 import shlex
@@ -12,25 +13,12 @@ from pathlib import Path
 import numpy as np
 
 import ceal
+from batches import Batches, augmentation, restart
 from data import normalise
+from devices import compiled, gpu_memory, keras, on_gpu, share_out, tensorflow_errors, tf, use_devices
 from run_folder import CHECKPOINT, read_record
 from sampler import mc_dropout
-from unet import (
-    LOSSES,
-    build_unet,
-    count_parameters,
-    halves,
-    keras,
-    layers,
-    load_unet,
-    load_weights,
-    print_devices,
-    save_unet,
-    save_weights,
-    share_out,
-    tensorflow_errors,
-    tf,
-)
+from unet import LOSSES, build_unet, count_parameters, halves, load_unet, load_weights, save_unet, save_weights
 from utils import (
     FileInUse,
     UserError,
@@ -42,71 +30,6 @@ from utils import (
     segmentation_metrics,
     track,
 )
-
-# --------------------------------------------------------------------------------------------- augmentation and batches
-
-
-class ColourJitter(layers.Layer):
-    """Changes each image's contrast by up to a fifth and the brightness of each channel by up to 0.3, at random, in a
-    batch (N, H, W, C) of normalised images. The last channel is the mask and does not change."""
-
-    def __init__(self, seed):
-        super().__init__()
-        self.seed, self.generator = seed, keras.random.SeedGenerator(seed)
-
-    def call(self, inputs):
-        images, masks = inputs[..., :-1], inputs[..., -1:]
-        count, channels = tf.shape(images)[0], images.shape[-1]
-        contrast = keras.random.uniform((count, 1, 1, 1), 0.8, 1.2, seed=self.generator)
-        brightness = keras.random.uniform((count, 1, 1, channels), -0.3, 0.3, seed=self.generator)
-        mean = tf.reduce_mean(images, [1, 2], keepdims=True)
-        return tf.concat([(images - mean) * contrast + mean + brightness, masks], -1)
-
-
-def augmentation(rotation, width_shift, seed, strong=False):
-    """Keras layers for a batch float32 (N, H, W, C) with the mask as last channel. Each image is changed at random:
-    rotated by up to `rotation` degrees either way, shifted by up to `width_shift` of its width, mirrored; if `strong`,
-    also shifted by the same share of its height, zoomed by up to 15 %, mirrored vertically and changed in colour."""
-    height_shift = width_shift if strong else 0.0
-    movements = [
-        layers.RandomRotation(rotation / 360, fill_mode="nearest", seed=derived_seed(seed, "rotation")),
-        layers.RandomTranslation(height_shift, width_shift, fill_mode="nearest", seed=derived_seed(seed, "shift")),
-        layers.RandomFlip("horizontal_and_vertical" if strong else "horizontal", seed=derived_seed(seed, "flip")),
-    ]
-    if strong:
-        zoom = layers.RandomZoom((-0.15, 0.15), fill_mode="nearest", seed=derived_seed(seed, "zoom"))
-        movements += [zoom, ColourJitter(derived_seed(seed, "colours"))]
-    return keras.Sequential(movements)
-
-
-def training_batches(read, first, last, augment=None):
-    """A tf.data.Dataset of the batches `first` to `last` - 1. Each is prepared during the training step before it.
-
-    read: a function from the number of a batch to images, float32 (b, H, W, C), normalised, and targets, float32
-    (b, H, W, 1) in [0, 1]. augment: a keras.Sequential that transforms image and mask together, with the mask as last
-    channel. The result depends only on the number of the batch, not on `first`.
-    """
-    shapes = [(None, *array.shape[1:]) for array in read(first)]
-
-    def batch(number):
-        pictures, masks = map(tf.ensure_shape, tf.numpy_function(read, [number], (tf.float32, tf.float32)), shapes)
-        if augment:
-            for layer in augment.layers:
-                restart(layer.generator, layer.seed, 100 * number)  # a layer may draw several times
-            moved = augment(tf.concat([pictures, masks], -1), training=True)
-            # Masks become two-valued again after interpolation; soft pseudo-labels stay soft.
-            two_valued = tf.reduce_all(masks == tf.round(masks), [1, 2, 3], keepdims=True)
-            pictures, masks = moved[..., :-1], tf.where(two_valued, tf.round(moved[..., -1:]), moved[..., -1:])
-        return pictures, masks
-
-    # Sequential, because the layers have a random state; each operation uses all cores.
-    return tf.data.Dataset.range(first, last).map(batch).prefetch(2)
-
-
-def restart(generator, seed, number):
-    """Set the state of a keras.random.SeedGenerator to this seed and number."""
-    generator.state.assign(tf.cast(tf.stack([tf.cast(seed, tf.int64), number]), generator.state.dtype))
-
 
 # ----------------------------------------------------------------------------------------------------------- a training
 
@@ -121,23 +44,24 @@ def learning_rate(schedule, done):
     return min(1.0, (done + 0.001) / WARM_UP) * 0.5 * (1 + np.cos(np.pi * done))
 
 
-def training_step(model):
-    """A compiled function (images, targets) that trains the network of `build_unet` on a batch from `share_out`, by the
-    network's `halves`. The gradients equal those of Keras' own step up to rounding."""
+def training_step(model, xla=False):
+    """A compiled function that trains the network of `build_unet` on a batch: images and targets from `share_out`, and
+    on a GPU which of the images are real. It uses the network's `halves`. The gradients equal those of Keras' own step
+    up to rounding."""
     dropout, (encode, decode) = model.get_layer("dropout"), halves(model)
 
-    def train(images, targets):
+    def train(images, targets, *real):
         with tf.GradientTape() as tape:
             bottleneck, rest = encode(images)
-            loss = model.compute_loss(images, targets, decode(dropout(bottleneck, training=True), rest))
+            predictions = decode(dropout(bottleneck, training=True), rest)
+            loss = model.loss(targets, predictions, *real)
             loss = model.optimizer.scale_loss(loss)
         model.optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
 
-    @tf.function(reduce_retracing=True, jit_compile=model.jit_compile)
-    def step(images, targets):
-        model.distribute_strategy.run(train, (images, targets))
+    def step(*batch):
+        model.distribute_strategy.run(train, batch)
 
-    return step
+    return compiled(step, "training step", xla, reduce_retracing=True)
 
 
 class Checkpoint:
@@ -176,12 +100,11 @@ class Checkpoint:
 
 
 def prepare(config):
-    """Print the devices, switch on deterministic operations if the Config says so, and check the memory.
+    """Choose and print the devices, switch on deterministic operations if the Config says so, and check the memory.
 
     Raises UserError if the machine has too little memory for the network."""
-    print_devices()
-    on_gpu = bool(tf.config.list_physical_devices("GPU"))
-    if config.deterministic == "yes" or (config.deterministic == "auto" and not on_gpu):
+    use_devices(config.devices)
+    if config.deterministic == "yes" or (config.deterministic == "auto" and not on_gpu()):
         tf.config.experimental.enable_op_determinism()
     needed = 16 * count_parameters(1, config.filters)  # a weight, its gradient and Adam's two moments, 4 bytes each
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -201,10 +124,30 @@ def with_less_memory(config):
     return f"--batch-size {config.batch_size} is too large for this machine; go on with: {command}"
 
 
+# XLA compiles a training step in some 30 s and saves some 8 ms of each; of the passes, in 10 s, 0.1 ms of each.
+XLA_STEPS, XLA_PASSES = 4_000, 100_000
+
+
+def xla_pays(config):
+    """Whether XLA pays for the training steps, and for the Monte Carlo passes, of a run with this Config on a GPU. The
+    same in every start of the run."""
+    first, later = (config.training_steps(config.initial, iteration) for iteration in (0, 1))
+    passes = config.iterations * config.pool * config.passes
+    return first + config.iterations * later >= XLA_STEPS, passes >= XLA_PASSES
+
+
+def images_at_a_time(memory, height, width, filters):
+    """The number of images in a Monte Carlo pass: a power of 2 from 16 to 64, as a GPU with this memory, in bytes,
+    can hold; 16 on a CPU, where it is 0."""
+    room = memory / 4 / (64 * height * width * filters)  # an image: 16 float32 maps of the first level
+    return next((count for count in (64, 32) if count <= room), 16)
+
+
 class Trainer:
     """The network of a run with its Dataset and the normalisation, mean and std: a float per channel each."""
 
-    def __init__(self, config, dataset, mean, std):
+    def __init__(self, config, dataset, mean, std, memory=None):
+        """memory: bytes of the GPU on which the run began, so that it goes on elsewhere in batches of the same size."""
         self.config, self.dataset, self.mean, self.std = config, dataset, mean, std
         devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
         several = config.devices == "all" and len(devices) > 1
@@ -220,42 +163,46 @@ class Trainer:
         size = dataset.height, dataset.width, dataset.channels
         with strategy.scope():
             self.model = build_unet(*size, config.filters, config.dropout, config.precision, config.initializer)
-            # XLA does not work with several replicas.
-            jit_compile = False if several else "auto"
             optimizer = keras.optimizers.Adam(config.learning_rate)
             if config.precision == "float16":  # small gradients would become 0
                 optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-            self.model.compile(optimizer, LOSSES[config.loss], jit_compile=jit_compile)
+            # No XLA for predictions: it would compile anew for each number of images.
+            self.model.compile(optimizer, LOSSES[config.loss], jit_compile=False)
             self.model.optimizer.build(self.model.trainable_variables)
-        self.step = training_step(self.model)
+        self.one_gpu = on_gpu() and not several  # XLA and batches of one size do not work with several replicas
+        fast_step, self.fast_passes = (self.one_gpu and pays for pays in xla_pays(config))
+        self.step = training_step(self.model, fast_step)
         run = Path(config.run)
         self.checkpoint, self.record = Checkpoint(self.model, run), run / ".scoring.jsonl"
         self.leftovers = self.checkpoint.path, self.record  # not needed after the iteration
-        self.chunk = 16 * strategy.num_replicas_in_sync  # images that are scored at a time
+        self.memory = min(memory or gpu_memory(), gpu_memory()) if on_gpu() else 0
+        self.batch = images_at_a_time(self.memory, *size[:2], config.filters)  # in a Monte Carlo pass
+        # Images that are scored at a time. On a GPU the results of a batch are fetched during the next one.
+        self.chunk = (4 if self.one_gpu else strategy.num_replicas_in_sync) * self.batch
 
     def images(self, positions):
         """The network's input for these positions: float32 (n, H, W, C)."""
         return normalise(self.dataset.images(positions), self.mean, self.std)
 
     def batches(self, positions, labels, iteration, first=0):
-        """The `training_batches` of these images from number `first` on. labels: a list of (H, W) in [0, 1]. They are
-        augmented as --augment says. Each epoch has its own order. Batch sizes in an epoch differ by at most one, so
-        that no step uses only a few images and every device gets a share. Images are read from the data file batch by
-        batch, so that memory does not limit their number."""
+        """The batches of batches.Batches from number `first` on, augmented as --augment says. labels: a list of (H, W)
+        in [0, 1]."""
         seed, count = derived_seed(self.config.seed, iteration, "training"), len(positions)
-        epoch_steps, last = self.config.epoch_steps(count), self.config.training_steps(count, iteration)
-
-        def read(number):
-            epoch, step = divmod(int(number), epoch_steps)
-            order = np.random.default_rng(derived_seed(seed, epoch)).permutation(count)
-            numbers = order[step * count // epoch_steps : (step + 1) * count // epoch_steps]
-            targets = np.stack([labels[n] for n in numbers], dtype=np.float32)[..., None]
-            return self.images(positions[numbers]), targets
-
         augmented = {"initial": iteration == 0, "all": True, "none": False}[self.config.augment]
         strong = self.config.augmentation == "strong"
         augment = augmentation(self.config.rotation, self.config.width_shift, seed, strong) if augmented else None
-        return training_batches(read, first, last, augment)
+        steps, last = self.config.epoch_steps(count), self.config.training_steps(count, iteration)
+        batches = Batches(self.dataset, self.mean, self.std, positions, labels, steps, seed, augment)
+        if not self.one_gpu:
+            return batches.on_cpu(first, last)
+        pixels = self.dataset.height * self.dataset.width
+        fits = pixels * (len(self.dataset) * self.dataset.channels + 4 * count) < self.memory / 2  # labels: float32
+        return batches.on_gpu(first, last, min(self.config.batch_size, count), self.all_images if fits else None)
+
+    @functools.cached_property
+    def all_images(self):
+        """The images of the whole data set in the GPU's memory, a uint8 tensor (N, H, W, C)."""
+        return tf.constant(self.dataset.images(range(len(self.dataset))))
 
     def load(self, path):
         """Load the weights and the optimizer's state that an iteration saved. Raises UserError if damaged."""
@@ -302,7 +249,8 @@ class Trainer:
         images = self.dataset.images(positions) if images is None else images
         passes, seed = passes or self.config.passes, derived_seed(self.config.seed, iteration, "passes")
         normalisation, measure = {"mean": self.mean, "std": self.std}, self.config.uncertainty
-        return mc_dropout(self.model, images, passes, seed, keys=positions, measure=measure, **normalisation)
+        how = {"batch_size": self.batch, "measure": measure, "xla": self.fast_passes}
+        return mc_dropout(self.model, images, passes, seed, keys=positions, **how, **normalisation)
 
     def score(self, pool, iteration, record=None):
         """Score and Dice of each unlabelled image of the ceal.Pool: float64 (n,) each, in the order of
@@ -325,7 +273,9 @@ class Trainer:
         chunks = in_chunks(pool.unlabelled[sum(len(scores) for scores, _ in done) :], self.chunk)
         pictures = map_in_order(read, chunks, workers=1)
         maps = ((positions, *self.uncertainty(positions, iteration, images)) for positions, images in pictures)
-        for rated in track(map_in_order(rate, maps), f"iteration {iteration}: scoring the pool", len(chunks)):
+        parts = (part for whole in maps for part in zip(*(in_chunks(values, 16) for values in whole)))
+        total = sum(-(-len(chunk) // 16) for chunk in chunks)
+        for rated in track(map_in_order(rate, parts), f"iteration {iteration}: scoring the pool", total):
             done.append(rated)
             if record:
                 with naming(record), open(record, "a") as file:
@@ -344,7 +294,8 @@ class Trainer:
 
     def predict(self, positions):
         """The network's probabilities with dropout off, float32 (n, H, W)."""
-        return self.model.predict(self.images(positions), verbose=0)[..., 0]
+        batches = in_chunks(positions, 32)
+        return np.concatenate([self.model.predict_on_batch(self.images(some)) for some in batches])[..., 0]
 
     def warn_if_collapsed(self, positions):
         """Warn if the network predicts only skin, or only lesion, in all of these images."""

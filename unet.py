@@ -13,83 +13,10 @@ import warnings
 import h5py
 import numpy as np
 
+from devices import keras, tf
 from utils import LARGEST_SIDE, UserError, in_one_line, open_hdf5, reserve, whole_file
 
-
-@contextlib.contextmanager
-def silent_stderr():
-    """Discard all output to the process's stderr, also from C libraries. Exceptions are raised as usual."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # a service may have no stderr
-        yield
-        return
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # set it to 0 to see, for example, why no GPU is found
-# The Keras settings of other projects must have no effect: those in the environment, and those in ~/.keras/keras.json,
-# which Keras does not find here.
-for name in [name for name in os.environ if name.startswith("KERAS_")]:
-    del os.environ[name]
-os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull}
-with silent_stderr():  # TensorFlow prints its first messages at any log level
-    import keras
-    import tensorflow as tf
-    from keras import layers
-
-if keras.config.backend() != "tensorflow":
-    raise UserError(f"Keras is in use here with {keras.config.backend()}; restart Python and repeat the command")
-# For a notebook that has changed them.
-keras.config.set_floatx("float32")
-keras.config.set_epsilon(1e-7)
-keras.config.set_image_data_format("channels_last")
-keras.config.set_dtype_policy("float32")
-
-
-def about_tensorflow():
-    """TensorFlow's version and the devices that it found, a dict."""
-    # The module gives the version, because the package may be called tensorflow-cpu.
-    return {"tensorflow": tf.__version__, "devices": [device.name for device in tf.config.list_physical_devices()]}
-
-
-def print_devices():
-    """Print TensorFlow's version and the devices that it found."""
-    names = [name.removeprefix("/physical_device:") for name in about_tensorflow()["devices"]]
-    print(f"TensorFlow {tf.__version__} found {', '.join(names)}", flush=True)
-
-
-FREE_MEMORY = "end other programs that use memory (nvidia-smi lists those on a GPU), and give the same command again"
-GPU_LIBRARIES = "dnn", "blas", "cuda", "ptxas", "convolution algorithm", "no algorithm worked"  # in error messages
-ON_CPU = "or compute on the processor: put CUDA_VISIBLE_DEVICES=-1 before the command"
-
-
-@contextlib.contextmanager
-def tensorflow_errors(remedy=FREE_MEMORY):
-    """Turn TensorFlow's errors about memory and a GPU's libraries into a UserError. remedy: for lack of memory."""
-    try:
-        yield
-    except tf.errors.InvalidArgumentError:
-        raise
-    except (tf.errors.OpError, MemoryError) as error:
-        text, reason = str(error).lower(), in_one_line(error)
-        short = isinstance(error, (tf.errors.ResourceExhaustedError, MemoryError))
-        if short or "out of memory" in text or "failed to allocate" in text:
-            raise UserError(f"there is not enough memory; {remedy}")
-        if "libdevice" in text:
-            raise UserError(f"CUDA's libdevice is missing ({reason}); pip install 'tensorflow[and-cuda]', {ON_CPU}")
-        if any(part in text for part in GPU_LIBRARIES):
-            raise UserError(
-                f"the GPU's libraries failed ({reason}); end other programs on the GPU (nvidia-smi lists them), or "
-                f"install the libraries anew (pip install 'tensorflow[and-cuda]'), {ON_CPU}"
-            )
-        raise
+layers = keras.layers
 
 
 LARGEST_KERNEL = "layers/conv2d_9/vars/0"  # in a weights file: the kernel of bottleneck_b
@@ -112,6 +39,36 @@ def kept_units(shape, rate, seed, dtype="float32"):
     bits = tf.random.stateless_uniform(shape, seed, None, None, tf.int32, alg="philox")
     numbers = tf.bitwise.bitwise_and(bits, 2 ** MANTISSA[dtype] - 1)
     return tf.cast(numbers, dtype) / 2 ** MANTISSA[dtype] >= tf.cast(rate, dtype)
+
+
+def kept_units_of_images(shape, rate, seeds):
+    """The `kept_units` of many images at once, bool (N, *shape), with the same result. seeds: int64 (N, 2).
+
+    Written out because TensorFlow draws with one seed at a time, which is fast on a CPU only."""
+    key, counter = _philox(*_halves_of(seeds[:, :1]), *_halves_of(seeds[:, 1:]), 0x3EC8F720, 0x02461E29)
+    count = math.prod(shape)
+    blocks = tf.range(-(-count // 4), dtype=tf.int64) + tf.zeros_like(seeds[:, :1])  # (N, a block of four numbers)
+    first, second = _philox(blocks, tf.zeros_like(blocks), *(half + 0 * blocks for half in counter), *key)
+    bits = tf.reshape(tf.stack([*first, *second], -1), [tf.shape(seeds)[0], -1])[:, :count]
+    numbers = tf.bitwise.bitwise_and(bits, 2 ** MANTISSA["float32"] - 1)
+    kept = tf.cast(numbers, tf.float32) / 2 ** MANTISSA["float32"] >= rate
+    return tf.reshape(kept, [-1, *shape])
+
+
+def _philox(c0, c1, c2, c3, k0, k1):
+    """Philox 4x32-10 (Salmon et al., 2011), the generator of tf.random. Counters and key are int64 tensors of numbers
+    below 2**32. Returns two pairs of such tensors."""
+    for _ in range(10):
+        (low0, high0), (low1, high1) = _halves_of(0xD2511F53 * c0), _halves_of(0xCD9E8D57 * c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return (c0, c1), (c2, c3)
+
+
+def _halves_of(numbers):
+    """The lower and the upper 32 bits of int64 numbers, as int64."""
+    upper = tf.bitwise.right_shift(numbers, tf.constant(32, tf.int64))
+    return tf.bitwise.bitwise_and(numbers, 0xFFFFFFFF), tf.bitwise.bitwise_and(upper, 0xFFFFFFFF)
 
 
 class Dropout(layers.Dropout):
@@ -167,21 +124,26 @@ def build_unet(height, width, channels=1, filters=32, dropout=0.5, precision="fl
         x = convolutions(x, level, f"decoder_{level}")
     # Always float32, because the loss and the variance need it.
     outputs = layers.Conv2D(1, 1, activation="sigmoid", dtype="float32", name="probability")(x)
-    return keras.Model(inputs, outputs, name="unet")
+    model = keras.Model(inputs, outputs, name="unet")
+    model.jit_compile = False  # XLA would compile predictions anew for each number of images
+    return model
 
 
-def halves(model):
+def halves(model, on_gpu=False):
     """Split the network of `build_unet` at its dropout, rearranged to avoid repeated work. Returns two functions:
     `encode`, images -> (bottleneck, rest), and `decode`, (bottleneck, rest) -> probabilities.
 
     1. The first convolution of a decoder level is linear in its two inputs. The half for the skip connection does not
        depend on the bottleneck, so `encode` computes it.
     2. Nearest up-sampling by 2 and then a 3x3 convolution equal one 4x4 transposed convolution with a stride of 2. The
-       large map is never made, and only 4 of 9 multiplications remain.
+       large map is never made, and only 4 of 9 multiplications remain. on_gpu: the same as one 2x2 convolution to four
+       maps, for even and odd rows and columns, which is faster on a GPU, and the last layer as a sum.
     """
     skips = [model.get_layer(f"encoder_{level}_b").output for level in range(LEVELS)]
     encoder = keras.Model(model.input, [model.get_layer("dropout").input, *skips])
     first, second = ([model.get_layer(f"decoder_{n}_{letter}") for n in range(LEVELS)] for letter in "ab")
+    last = model.get_layer("probability")
+    kernel_of, enlarge = (_four_kernels, _enlarge_in_four) if on_gpu else (_transposed_kernel, _enlarge)
 
     def encode(images):
         bottleneck, *skips = encoder(images)
@@ -189,13 +151,16 @@ def halves(model):
         for layer, skip in zip(first, skips):
             up, beside = tf.split(layer.kernel, [-1, skip.shape[-1]], axis=2)
             half = tf.nn.conv2d(skip, tf.cast(beside, dtype), 1, "SAME")
-            rest.append((tf.cast(_transposed_kernel(up), dtype), tf.nn.bias_add(half, tf.cast(layer.bias, dtype))))
+            rest.append((tf.cast(kernel_of(up), dtype), tf.nn.bias_add(half, tf.cast(layer.bias, dtype))))
         return bottleneck, rest
 
     def decode(x, rest):
         for (kernel, half), layer in reversed(list(zip(rest, second))):
-            x = layer(tf.nn.relu(tf.nn.conv2d_transpose(x, kernel, tf.shape(half), 2, "SAME") + half))
-        return model.get_layer("probability")(x)
+            x = layer(tf.nn.relu(enlarge(x, kernel, half) + half))
+        if on_gpu:
+            products = tf.cast(x, tf.float32) * last.kernel[0, 0, :, 0]
+            return tf.sigmoid(tf.reduce_sum(products, -1, keepdims=True) + last.bias)
+        return last(x)
 
     return encode, decode
 
@@ -205,6 +170,33 @@ def _transposed_kernel(kernel):
     corners = [(row, column) for row in (0, 1) for column in (0, 1)]
     summed = tf.add_n([tf.pad(kernel, [[r, 1 - r], [c, 1 - c], [0, 0], [0, 0]]) for r, c in corners])
     return tf.transpose(summed[::-1, ::-1], [0, 1, 3, 2])
+
+
+def _enlarge(x, kernel, half):
+    """Up-sampling and convolution by a `_transposed_kernel`, to the size of `half`."""
+    return tf.nn.conv2d_transpose(x, kernel, tf.shape(half), 2, "SAME")
+
+
+def _four_kernels(kernel):
+    """Convert a kernel (3, 3, in, out) for use after nearest up-sampling by 2 to one (2, 2, in, 4 * out) of four: for
+    even rows and columns, even rows and odd columns, odd rows and even columns, odd rows and columns."""
+
+    def of_parities(k, axis):
+        a, b, c = tf.unstack(k, axis=axis)
+        return tf.stack([a, b + c], axis), tf.stack([a + b, c], axis)
+
+    return tf.concat([four for rows in of_parities(kernel, 0) for four in of_parities(rows, 1)], -1)
+
+
+def _enlarge_in_four(x, kernel, half):
+    """Up-sampling and convolution by `_four_kernels`, whose maps are then put together to the size of `half`."""
+    height, width, filters = *x.shape[1:3], half.shape[-1]
+    maps = tf.nn.conv2d(tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]]), kernel, 1, "VALID")
+    even_odd = [
+        tf.stack([maps[:, r : r + height, c : c + width, n * filters : (n + 1) * filters] for c, n in columns], 3)
+        for r, columns in ((0, ((0, 0), (1, 1))), (1, ((0, 2), (1, 3))))
+    ]
+    return tf.reshape(tf.stack(even_odd, 2), [-1, 2 * height, 2 * width, filters])
 
 
 def count_parameters(channels, filters):
@@ -249,42 +241,27 @@ def _of_all_devices(sums):
 
 
 @keras.saving.register_keras_serializable("ceal")  # so that a compiled model can be cloned
-def dice_loss(y_true, y_pred):
+def dice_loss(y_true, y_pred, real=None):
     """The published loss: minus the soft Dice coefficient of the batch. With several devices each returns an equal
-    part, because Keras adds up scalar losses."""
+    part, because Keras adds up scalar losses. real: float32 (N, 1, 1, 1), 1 for an image and 0 for padding."""
+    if real is not None:
+        y_true, y_pred = y_true * real, y_pred * real
     return -dice_coefficient(y_true, y_pred) / tf.distribute.get_strategy().num_replicas_in_sync
 
 
 @keras.saving.register_keras_serializable("ceal")
-def dice_bce_loss(y_true, y_pred):
+def dice_bce_loss(y_true, y_pred, real=None):
     """The published loss plus the mean binary cross-entropy of the batch, whose gradient does not vanish where the
     network is sure and wrong. With the published loss alone it may predict only skin and stay in that state."""
     entropies = keras.losses.binary_crossentropy(y_true, y_pred)
+    if real is not None:
+        entropies *= real[..., 0]
+        return dice_loss(y_true, y_pred, real) + tf.reduce_sum(entropies) / tf.reduce_sum(real * tf.ones_like(y_pred))
     (count,) = _of_all_devices([tf.cast(tf.size(entropies), tf.float32)])
     return dice_loss(y_true, y_pred) + tf.reduce_sum(entropies) / count
 
 
 LOSSES = {"dice": dice_loss, "dice_bce": dice_bce_loss}
-
-
-# ------------------------------------------------------------------------------------------------------ several devices
-
-
-def share_out(strategy, *batch):
-    """Split each array of the batch among the strategy's devices; the shares differ by at most one image."""
-    devices = strategy.num_replicas_in_sync
-    if devices == 1:
-        return batch
-    edges = [len(batch[0]) * device // devices for device in range(devices + 1)]
-
-    def share(values):
-        def of_device(context):
-            device = context.replica_id_in_sync_group
-            return tf.constant(values[edges[device] : edges[device + 1]])
-
-        return strategy.experimental_distribute_values_from_function(of_device)
-
-    return tuple(map(share, batch))
 
 
 # -------------------------------------------------------------------------------------------------------- weights files

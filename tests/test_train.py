@@ -14,11 +14,12 @@ import ceal
 import sampler
 import train
 import unet
+from batches import augmentation, training_batches
 from config import PRESETS, TRAINED, Config, read_config
 from data import Dataset, split
 from run_folder import METRICS
 from sampler import mc_dropout
-from trainer import Trainer, augmentation, training_batches
+from trainer import Trainer
 from unet import load_unet
 from utils import UserError, derived_seed, read_csv, segmentation_metrics
 

@@ -13,9 +13,10 @@ from conftest import blobs
 
 import sampler
 import unet
+from devices import tensorflow_errors
 from sampler import _image_seeds, _is_build_unet, _sampler, mc_dropout
 from trainer import learning_rate, restart, training_step
-from unet import build_unet, dice_coefficient, dice_loss, kept_units, keras, load_unet, save_unet, tensorflow_errors
+from unet import build_unet, dice_coefficient, dice_loss, kept_units, keras, load_unet, save_unet
 from utils import UserError
 
 
