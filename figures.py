@@ -3,6 +3,11 @@
 Nothing here reads records or computes statistics. matplotlib is imported only to draw, because that takes a second.
 """
 
+import io
+import pickle
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +32,59 @@ def new_figure(**options):
 
 
 def save_figure(figure, path, vector=False):
-    """Write a PNG and, if `vector`, a PDF for print beside it."""
+    """Write a PNG and, if `vector`, a PDF for print beside it. path: a path, or a BytesIO for a PNG only."""
+    options = {"dpi": 150, "bbox_inches": "tight"}
+    if isinstance(path, io.BytesIO):
+        figure.savefig(path, format="png", **options)
+        return
     for suffix in (".png", ".pdf") if vector else (".png",):
         with whole_file(Path(path).with_suffix(suffix)) as partial:
             metadata = {"CreationDate": None} if suffix == ".pdf" else None  # equal figures give equal files
-            figure.savefig(partial, dpi=150, bbox_inches="tight", metadata=metadata)
+            figure.savefig(partial, metadata=metadata, **options)
+
+
+class Drawing:
+    """Figures of an iteration. If `beside`, a process of its own draws them, so that a GPU does not wait for it.
+
+    jobs: a list of (function of this file, its arguments without the path, path). `finish` returns when they are drawn.
+    """
+
+    def __init__(self, jobs, beside=False):
+        self.jobs, self.process = jobs, None
+        if not (jobs and beside):
+            self.draw_here()
+            return
+        with tempfile.TemporaryFile() as file:
+            pickle.dump([(function.__name__, arguments) for function, arguments, _ in jobs], file)
+            file.seek(0)
+            # A new session, so that Ctrl-C does not reach it. It ends when this process does.
+            options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
+            self.process = subprocess.Popen([sys.executable, __file__], stdin=file, **options)
+
+    def draw_here(self):
+        for function, arguments, path in self.jobs:
+            function(*arguments, path)
+
+    def finish(self):
+        """Write the figures to their paths."""
+        if self.process is None:
+            return
+        output, _ = self.process.communicate()
+        if self.process.returncode:  # an error comes again here, where it can be seen
+            self.draw_here()
+            return
+        for (*_, path), picture in zip(self.jobs, pickle.loads(output)):
+            with whole_file(path) as partial:
+                partial.write_bytes(picture)
+
+
+def draw_for_another():
+    """What the process of `Drawing` does: read jobs from stdin, and write a list of PNG files to stdout."""
+    pictures = []
+    for name, arguments in pickle.load(sys.stdin.buffer):
+        globals()[name](*arguments, picture := io.BytesIO())
+        pictures.append(picture.getvalue())
+    sys.stdout.buffer.write(pickle.dumps(pictures))
 
 
 # ------------------------------------------------------------------------------------------------------------- of a run
@@ -298,3 +351,7 @@ def figure_pool(iterations, means, path):
     quality.set(title="true Dice of what each group holds", xlabel="iteration", ylabel="Dice", ylim=(0, 1))
     quality.legend(fontsize=8, loc="lower right")
     save_figure(figure, path, vector=True)
+
+
+if __name__ == "__main__":
+    draw_for_another()

@@ -166,18 +166,21 @@ def forget_selections(config, run, finished):
 
 
 def read_last_selection(run, iterations):
-    """The last scored one of this number of iterations: (scores, dice, groups) for figures.figure_scores, or None."""
+    """The `read_selection` of the last scored one of this number of iterations, without its ids, or None."""
     folders = [run / f"iteration_{k:02d}" for k in range(iterations)]
     scored = [folder for folder in folders if (folder / "scores.csv").exists()]
-    if not scored:
-        return None
-    rows = read_csv(scored[-1] / "scores.csv")
+    return read_selection(scored[-1])[1:] if scored else None
+
+
+def read_selection(folder):
+    """A scored selection: the ids of the pool's images, and their (scores, dice, groups) for figures.figure_scores."""
+    rows = read_csv(folder / "scores.csv")
     place, groups = {row["id"]: n for n, row in enumerate(rows)}, {group: [] for group in GROUPS}
-    for row in read_csv(scored[-1] / "queries.csv"):
+    for row in read_csv(folder / "queries.csv"):
         if row["id"] in place:
             groups[row["group"]].append(place[row["id"]])
     scores, dice = (np.array([float(row[name] or "nan") for row in rows]) for name in ("uncertainty", "dice"))
-    return scores, dice, {group: np.array(selected, int) for group, selected in groups.items()}
+    return list(place), scores, dice, {group: np.array(selected, int) for group, selected in groups.items()}
 
 
 def write_history(history, run):

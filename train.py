@@ -12,6 +12,7 @@ import itertools
 import shlex
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 import ceal
 from config import DEMO_SIZE, read_command_line
 from data import Dataset, draw_row, hold_out, normalisation, split, write_dataset
-from figures import figure_examples, figure_overview, figure_scores
+from figures import Drawing, figure_examples, figure_overview, figure_scores
 from oracle import Unanswered, find_oracle
 from process import outlasting_output, stopped_at_once
 from run_folder import (
@@ -32,6 +33,7 @@ from run_folder import (
     only_ours,
     read_last_selection,
     read_queries,
+    read_selection,
     write_history,
     write_queries,
 )
@@ -104,7 +106,7 @@ def query(trainer, pool, oracle, iteration, folder):
     """Score the pool; select the images to annotate, except those that the oracle has answered already, and the images
     to pseudo-label.
 
-    Writes queries.csv, the seconds that scoring took and, if the selection uses scores, scores.csv and the figures.
+    Writes queries.csv, the seconds that scoring took and, if the selection uses scores, scores.csv.
     """
     config, candidates, started = trainer.config, pool.unlabelled, time.monotonic()
     count = ceal.pseudo_label_count(iteration, config.pseudo_start, config.pseudo_first, config.pseudo_step)
@@ -124,8 +126,6 @@ def query(trainer, pool, oracle, iteration, folder):
     if scored:
         rows = zip(ids, scores, ("" if np.isnan(value) else value for value in dice))
         write_csv(folder / "scores.csv", ["id", "uncertainty", "dice"], rows)
-        figure_scores(scores, dice, groups, *ceal.histogram(scores)[2:], folder / "scores.png")
-        draw_examples(trainer, candidates, scores, dice, groups, iteration, folder / "examples.png")
 
 
 def ask(trainer, pool, oracle, iteration, selection):
@@ -164,12 +164,16 @@ def run_iteration(trainer, pool, pseudo, iteration, selection, folder):
     for path in selection.glob("[!.]*"):
         shutil.copy(path, folder)
     seconds_scoring = (selection / ".seconds").read_text() if iteration else "0.0"
+    drawing = draw_selection(trainer, iteration, folder)
     pseudo_labels = list(trainer.predict(pseudo)) if len(pseudo) else []
     started = time.monotonic()
     trainer.fit(*pool.training_set(pseudo, pseudo_labels), iteration)
     seconds_training = time.monotonic() - started
-    trainer.save(folder / "model.weights.h5")
-    metrics = trainer.evaluate(pool.test)
+    with ThreadPoolExecutor(1) as beside:
+        saving = beside.submit(trainer.save, folder / "model.weights.h5")
+        metrics = trainer.evaluate(pool.test)
+        saving.result()
+    drawing.finish()
     if metrics:
         columns = zip(*(metrics[m].round(6) for m in METRICS))
         rows = ((id, *values) for id, values in zip(trainer.dataset.ids[pool.test], columns))
@@ -209,9 +213,23 @@ def finished_iterations(run, dataset, pool, oracle):
 # -------------------------------------------------------------------------------------------------- what a person sees
 
 
-def draw_examples(trainer, candidates, scores, dice, groups, iteration, path, each=2, shown=3):
+def draw_selection(trainer, iteration, folder):
+    """Begin to draw scores.png and examples.png of the selection in an iteration's folder, with the network that scored
+    the pool. Returns a figures.Drawing."""
+    if not (folder / "scores.csv").exists() or (folder / "scores.png").exists():  # drawn by an earlier version
+        return Drawing([])
+    ids, scores, dice, groups = read_selection(folder)
+    position = {id: n for n, id in enumerate(trainer.dataset.ids)}
+    candidates = np.array([position[id] for id in ids])
+    jobs = [(figure_scores, (scores, dice, groups, *ceal.histogram(scores)[2:]), folder / "scores.png")]
+    if examples := find_examples(trainer, candidates, scores, dice, groups, iteration):
+        jobs.append((figure_examples, (examples,), folder / "examples.png"))
+    return Drawing(jobs, beside=trainer.one_gpu)
+
+
+def find_examples(trainer, candidates, scores, dice, groups, iteration, each=2, shown=3):
     """The paper's Fig. 1 for `each` images of every group: image, truth, the first `shown` passes, the mean of all
-    passes and the uncertainty map."""
+    passes and the uncertainty map. Returns a list for figures.figure_examples."""
     examples = []
     for group, selected in groups.items():
         if not len(at := selected[:each]):
@@ -226,8 +244,7 @@ def draw_examples(trainer, candidates, scores, dice, groups, iteration, path, ea
         truths = [None if np.isnan(dice[n]) else mask for n, mask in zip(at, masks)]
         passes = zip(*(after - before for before, after in itertools.pairwise(sums)))
         examples.append((group, list(zip(titles, images, truths, passes, mean, variance))))
-    if examples:
-        figure_examples(examples, path)
+    return examples
 
 
 def draw_overview(trainer, pool, history, run):
