@@ -1,10 +1,11 @@
-.PHONY: demo test test-all faults
+.PHONY: demo test test-all faults gpu
 .DELETE_ON_ERROR:
 
 PYTHON3 = python3
 VERSION := $(shell $(PYTHON3) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VERSIONS = 3.10 3.11 3.12 3.13
 PYTHON = .venv/bin/python
+ISIC = isic2017
 PYTEST = $(PYTHON) -m pytest -n auto --dist loadfile
 
 demo: .venv/installed-$(VERSION)  ## the whole program on synthetic lesions
@@ -20,6 +21,10 @@ test-all: test  ## then the slow ones: a process for each case
 
 faults: .venv/installed-dev-$(VERSION)  ## 100 kills of a run, and 100 of one that asks a person
 	KILLS=100 $(PYTHON) -m pytest tests/test_faults.py tests/test_oracle.py -s -k again_and_again
+
+# Installs nothing with PYTHON=python3, and needs no network. DRY=1 tries it out on a processor, with tiny sizes.
+gpu: $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed-dev-$(VERSION))  ## what only a GPU can show: 7 minutes
+	PYTHON=$(PYTHON) ISIC=$(ISIC) DRY=$(DRY) bash tests/gpu.sh
 
 # A .venv of another Python version is replaced, because its packages would not be found.
 .venv/installed-$(VERSION): requirements.txt

@@ -9,6 +9,7 @@ speed do not matter. The last column is the target on 2 CPU cores at the paper's
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -24,21 +25,12 @@ import ceal
 import data
 import predict
 from config import DEMO_SIZE, PRESETS, Config
+from devices import about_tensorflow, on_gpu, share_out, tensorflow_errors, tf, use_devices
 from run_folder import environment
 from sampler import mc_dropout
 from synthetic import draw_lesion
 from trainer import Trainer
-from unet import (
-    PRECISIONS,
-    about_tensorflow,
-    build_unet,
-    load_unet,
-    print_devices,
-    save_unet,
-    share_out,
-    tensorflow_errors,
-    tf,
-)
+from unet import LEVELS, PRECISIONS, build_unet, load_unet, save_unet
 from utils import UserError, map_in_order, read_csv, run_command, segmentation_metrics, track, whole_file
 
 SMALL = (64, 80, 1)  # the size of images if only their number matters
@@ -87,7 +79,7 @@ def multiplications(model, passes):
 def bench_sampler(config, batch, rounds):
     """Time the published way, the whole network on a batch, the fast sampler, and a matrix product."""
     passes, side = config.passes, 4096
-    precisions = [name for name in PRECISIONS if name != "float16" or tf.config.list_physical_devices("GPU")]
+    precisions = [name for name in PRECISIONS if name != "float16"]  # a CPU emulates it
     models = {name: build_unet(*batch.shape[1:], config.filters, precision=name) for name in precisions}
     network, matrix = models["float32"], tf.random.normal((side, side))
     inputs = data.normalise(batch, 128, 50)
@@ -124,22 +116,86 @@ def bench_sampler(config, batch, rounds):
     ]
 
 
+# --------------------------------------------------------------------------------------------------------- on a GPU
+
+
+def bytes_of_a_pass(model):
+    """The fewest bytes that a pass moves in bfloat16: the maps of both convolutions of a decoder level, written and read
+    once each, and the half of the skip connection, read once."""
+    maps = [np.prod(model.get_layer(f"decoder_{level}_a").output.shape[1:]) for level in range(LEVELS)]
+    return 5 * 2 * int(sum(maps))
+
+
+def bench_gpu_peaks():
+    """Measure the two ceilings: bfloat16 matrix products, and copies in memory. Returns rows; in FLOP/s and bytes/s."""
+    side, numbers, times = 8192, 2**28, 10
+    matrix, array = tf.cast(tf.random.normal((side, side)), tf.bfloat16), tf.zeros([numbers])
+
+    @tf.function
+    def product(x):
+        for _ in range(times):
+            x = tf.matmul(x, matrix) * tf.constant(0.01, x.dtype)
+        return x[0, 0]
+
+    @tf.function
+    def copies(x):
+        for _ in range(4 * times):
+            x += 1.0
+        return x[0]
+
+    seconds = in_turns({"product": lambda: product(matrix).numpy(), "copies": lambda: copies(array).numpy()}, 3)
+    peaks = 2 * side**3 * times / seconds["product"], 8 * numbers * 4 * times / seconds["copies"]
+    return [
+        row("matrix product of 8192x8192, bfloat16", peaks[0] / 1e12, "TFLOP/s"),
+        row("copy in the GPU's memory, bytes read and written", peaks[1] / 1e12, "TB/s"),
+    ]
+
+
+def bench_gpu_sampler(trainer, images, rounds):
+    """Time the published way and the fast sampler in each precision, and compare it with its floors."""
+    config, size = trainer.config, images.shape[1:]
+    inputs, passes = data.normalise(images[:10], 128, 50), config.passes
+    models = {name: build_unet(*size, config.filters, precision=name) for name in PRECISIONS}
+    options = {"mean": 128, "std": 50, "xla": True, "batch_size": trainer.batch}
+    functions = {"published": lambda: [models["float32"].predict(one[None], verbose=0) for one in inputs]}
+    for name, model in models.items():
+        functions[name] = lambda model=model: mc_dropout(model, images, passes, seed=1, **options)
+    seconds = in_turns(functions, rounds)
+    published = seconds.pop("published") / len(inputs)
+    rows = [row("the published way, one `predict` per image and pass", 1e6 * published, "us a pass")]
+    for name, value in seconds.items():
+        a_pass = value / len(images) / passes
+        rows.append(row(f"fast sampler, {name}, batches of {trainer.batch}", 1e6 * a_pass, "us a pass"))
+        rows.append(row("... against the published way", published / a_pass, "times", "300" * (name == "bfloat16")))
+    peaks = bench_gpu_peaks()
+    operations = 2 * multiplications(models["bfloat16"], passes) / passes
+    floors = operations / peaks[0]["value"] / 1e12, bytes_of_a_pass(models["bfloat16"]) / peaks[1]["value"] / 1e12
+    a_pass = seconds["bfloat16"] / len(images) / passes
+    return [
+        *rows,
+        *peaks,
+        row("floor of a pass: its arithmetic", 1e6 * floors[0], "us"),
+        row("floor of a pass: its maps in memory", 1e6 * floors[1], "us"),
+        row("the larger floor against a pass in bfloat16", 100 * max(floors) / a_pass, "%", "25 %"),
+    ]
+
+
 # ---------------------------------------------------------------------------------------------- scoring and training
 
 
 def bench_scoring(trainer, count, rounds):
     """Time the scoring of a pool from its file, and only its passes on images in memory."""
     pool = ceal.Pool([], [], np.arange(count), [])
-    images, passes = trainer.dataset.images(pool.unlabelled), trainer.config.passes
-    normalisation = {"mean": trainer.mean, "std": trainer.std}
+    images = trainer.dataset.images(pool.unlabelled)
 
     def alone():
-        mc_dropout(trainer.model, images, passes, seed=1, keys=pool.unlabelled, **normalisation)
+        trainer.uncertainty(pool.unlabelled, 1, images)
 
     seconds = in_turns({"scoring": lambda: trainer.score(pool, 1), "passes alone": alone}, rounds)
     beside = 100 * (seconds["scoring"] / seconds["passes alone"] - 1)
     return [
-        row("scoring a pool, a second", count / seconds["scoring"], "images"),
+        row(f"scoring {count:,} images from the file", seconds["scoring"], "s", "3 s for 1,000 on a GPU" * on_gpu()),
+        row("... a second", count / seconds["scoring"], "images"),
         row("scoring time beside the passes", beside, "%", "below 5 %"),
     ]
 
@@ -147,8 +203,9 @@ def bench_scoring(trainer, count, rounds):
 def bench_training(trainer, steps, rounds):
     """Time training with augmentation from the file, and only the compiled step on one batch in memory."""
     size, strategy = trainer.config.batch_size, trainer.model.distribute_strategy
-    positions = np.arange(size * (steps + 1)) % len(trainer.dataset)
-    batches = iter(trainer.batches(positions, list(trainer.dataset.masks(positions)), 0).repeat())
+    trainer.config.initial_steps = steps * (rounds + 1) + 1
+    positions = np.arange(size * 20) % len(trainer.dataset)
+    batches = iter(trainer.batches(positions, list(trainer.dataset.masks(positions)), 0))
     constant = next(batches)
 
     def train_on(some):
@@ -156,34 +213,39 @@ def bench_training(trainer, steps, rounds):
             trainer.step(*share_out(strategy, *batch))
         trainer.model.get_weights()  # waits until a GPU has finished
 
-    plain_step = tf.function(lambda *batch: trainer.model.train_step(batch), jit_compile=trainer.model.jit_compile)
     functions = {
-        "training": lambda: train_on(next(batches) for _ in range(steps)),
+        "training": lambda: train_on(itertools.islice(batches, steps)),
         "bare step": lambda: train_on([constant] * steps),
-        "Keras' step": lambda: [plain_step(*constant) for _ in range(steps)] and trainer.model.get_weights(),
     }
+    if not on_gpu():
+        plain_step = tf.function(lambda *batch: trainer.model.train_step(batch))
+        functions["Keras' step"] = lambda: [plain_step(*constant) for _ in range(steps)]
     seconds = in_turns(functions, rounds)
-    return [
+    rows = [
         row("training, a second", size * steps / seconds["training"], "images"),
         row("training against its bare step", 100 * seconds["bare step"] / seconds["training"], "%", "95 %"),
-        row("bare step against Keras' own", seconds["Keras' step"] / seconds["bare step"], "times"),
     ]
+    if not on_gpu():
+        rows.append(row("bare step against Keras' own", seconds["Keras' step"] / seconds["bare step"], "times"))
+    return rows
 
 
 def bench_precision(path, dataset, count, passes):
     """Compare scores and Dice of trained weights in half precision with those in float32."""
     positions = np.flatnonzero(dataset.part == "train")[:count]
     images, masks, found = dataset.images(positions), dataset.masks(positions), {}
-    for name in PRECISIONS:
-        model, settings = load_unet(path, name)
+    for name in ["float32", "TF32", *list(PRECISIONS)[1:]] if on_gpu() else PRECISIONS:
+        tf.config.experimental.enable_tensor_float_32_execution(name == "TF32")
+        model, settings = load_unet(path, "float32" if name == "TF32" else name)
         if model.input_shape[1:] != images.shape[1:]:
             raise UserError(f"{path} is for another image size than {dataset.path}: give other --weights or --data")
         normalisation = {key: settings[key] for key in ("mean", "std")}
         mean, variance = mc_dropout(model, images, passes, seed=1, keys=positions, **normalisation)
         scores = [ceal.uncertainty_score(v, m) for v, m in zip(variance, mean)]
         found[name] = scores, segmentation_metrics(masks, mean > 0.5)["dice"].mean()
+    tf.config.experimental.enable_tensor_float_32_execution(True)  # as by default
     rows = []
-    for name in list(PRECISIONS)[1:]:
+    for name in list(found)[1:]:
         rank = spearmanr(found["float32"][0], found[name][0]).statistic
         rows.append(row(f"{name}: rank correlation of {len(positions)} scores with float32's", rank, ""))
         rows.append(
@@ -346,8 +408,10 @@ def bench_folders(folder, counts):
 
 
 def draw_dataset(path, size, count):
-    """Write a data file of synthetic lesions. Returns its path."""
-    data.write_dataset(path, (data.draw_row(n, 1, *size) for n in range(count)), count, *size, "synthetic lesions")
+    """Write a data file of synthetic lesions, of which 16 differ. Returns its path."""
+    drawn = [data.draw_row(n, 1, *size) for n in range(16)]
+    rows = (drawn[n % 16]._replace(id=f"BENCH_{n:07d}") for n in range(count))
+    data.write_dataset(path, rows, count, *size, "synthetic lesions")
     return path
 
 
@@ -356,20 +420,26 @@ def measure(args, config, folder):
     sizes = {"quick": (96, 128, 1), "best": (96, 128, 3), "demo": tuple(DEMO_SIZE.values())}
     size = sizes.get(args.preset, (192, 240, 1))
     rounds, count = (1, 8) if args.quick else (3, 16)
+    if on_gpu():
+        count = 1000 if size == (192, 240, 1) else 100
     with data.Dataset(args.data or draw_dataset(folder / "images.h5", size, count)) as dataset:
         if len(dataset) < count:
             raise UserError(f"--data {args.data} has {len(dataset)} images: give a file with at least {count}")
-        size, images = (dataset.height, dataset.width, dataset.channels), dataset.images(np.arange(count))
-        rows = bench_sampler(config, images[:8], 1 if args.quick else 5)
+        size = dataset.height, dataset.width, dataset.channels
         trainer = Trainer(config, dataset, [128.0] * size[2], [50.0] * size[2])
+        if on_gpu():
+            rows = bench_gpu_sampler(trainer, dataset.images(np.arange(min(count, 4 * trainer.batch))), rounds)
+        else:
+            rows = bench_sampler(config, dataset.images(np.arange(8)), 1 if args.quick else 5)
         rows += bench_scoring(trainer, count, rounds)
-        rows += bench_training(trainer, 1 if args.quick else 4, rounds)
+        rows += bench_training(trainer, 40 if on_gpu() else 1 if args.quick else 4, rounds)
         if args.weights:
             rows += bench_precision(args.weights, dataset, 100 if args.quick else 400, config.passes)
-    rows += bench_reading(folder / "reading", rounds)
-    rows += bench_predicting(config, size, folder / "predicting", count, rounds)
-    rows += bench_pools(folder, [100, 1000] if args.quick else [1000, 5000, 10000])
-    rows += bench_folders(folder, [100, 1000] if args.quick else [1000, 10000])
+    rows += bench_predicting(config, size, folder / "predicting", min(count, 64), rounds)
+    if not on_gpu():  # these depend on the processor and the disk alone
+        rows += bench_reading(folder / "reading", rounds)
+        rows += bench_pools(folder, [100, 1000] if args.quick else [1000, 5000, 10000])
+        rows += bench_folders(folder, [100, 1000] if args.quick else [1000, 10000])
     return rows
 
 
@@ -386,17 +456,20 @@ def main():
     args = parser.parse_args()
     if args.weights and not args.data:
         raise UserError("--weights needs --data, because half precision must be measured on real images: give both")
+    use_devices()
     if args.weights:
-        load_unet(args.weights)
+        with tensorflow_errors():
+            load_unet(args.weights)
     if args.json:  # fail now rather than after minutes
         data.check_output(args.json, force=True)
         args.json.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.json.parent).close()
-    print_devices()
     about = environment(about_tensorflow())
-    print(f"{about['processor']}, {about['cores']} cores, {about['date']}\n")
+    print(f"{about.get('gpu') or about['processor']}, {about['cores']} cores, {about['date']}\n")
     print("| what | measured | target, preset paper |\n| --- | ---: | ---: |")
     config = Config(**{**PRESETS[args.preset], "batch_size": 8})
+    if on_gpu():
+        config.batch_size, config.precision = 32, "bfloat16"
     with tempfile.TemporaryDirectory() as folder, tensorflow_errors():
         rows = measure(args, config, Path(folder))
     if args.json:

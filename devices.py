@@ -9,6 +9,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -158,15 +159,14 @@ def on_gpu():
 def compiled(function, what, xla, **options):
     """A tf.function, compiled by XLA if `xla`. If XLA cannot compile it, the work goes on without, after a warning.
     what: a name for people; options: for tf.function."""
-    plain, seconds = tf.function(function, **options), []
-    chosen = [tf.function(function, jit_compile=True, **options) if xla else plain]
+    plain = tf.function(function, **options)
+    if not xla:
+        return plain
+    chosen, lock, seconds = [tf.function(function, jit_compile=True, **options)], threading.Lock(), []
 
-    def call(*arguments):
-        if chosen[0] is plain:
-            return plain(*arguments)
-        started, new = time.monotonic(), not seconds
-        if new:
-            print(f"XLA compiles the {what}: once a start, up to a minute", flush=True)
+    def first_call(arguments):
+        started = time.monotonic()
+        print(f"XLA compiles the {what}: once a start, up to a minute", flush=True)
         try:
             result = chosen[0](*arguments)
         except tf.errors.OpError as error:
@@ -174,11 +174,17 @@ def compiled(function, what, xla, **options):
                 raise
             chosen[0] = plain
             warn_without_xla(in_one_line(error))
-            return plain(*arguments)
-        if new:
-            seconds.append(time.monotonic() - started)
-            print(f"XLA has compiled the {what} in {seconds[0]:.0f} s", flush=True)
+            result = plain(*arguments)
+        seconds.append(time.monotonic() - started)
+        print(f"... in {seconds[0]:.0f} s", flush=True)
         return result
+
+    def call(*arguments):
+        if not seconds:
+            with lock:  # other threads wait, so that nothing is compiled twice
+                if not seconds:
+                    return first_call(arguments)
+        return chosen[0](*arguments)
 
     return call
 
