@@ -117,7 +117,7 @@ class Batches:
         return training_batches(read, first, last, self.augment)
 
     def on_gpu(self, first, last, size, images=None):
-        """Yield the batches `first` to `last` - 1, normalised and augmented on the GPU and filled up to `size` images:
+        """Yields the batches `first` to `last` - 1, normalised and augmented on the GPU and filled up to `size` images:
         images, targets, and float32 (size, 1, 1, 1), 1 for an image and 0 for what fills up. The same batches as
         `on_cpu`, up to rounding.
 
@@ -141,6 +141,11 @@ class Batches:
             pictures = (tf.cast(pictures, tf.float32) - np.float32(self.mean)) / np.float32(self.std)
             return augmented(pictures, masks, number, self.augment) if self.augment else (pictures, masks)
 
+        def make(raw):
+            pictures, masks, real, number = raw
+            return *prepare(*map(tf.constant, (pictures, masks)), tf.constant(number, tf.int64)), tf.constant(real)
+
         numbers = range(first, last)
-        for pictures, masks, real, number in map(read, numbers) if resident else map_in_order(read, numbers):
-            yield *prepare(tf.constant(pictures), tf.constant(masks), tf.constant(number, tf.int64)), tf.constant(real)
+        raw = map(read, numbers) if resident else map_in_order(read, numbers)
+        # One thread, ahead of the training steps, because it waits for the GPU in between.
+        return map_in_order(make, raw, workers=1)

@@ -120,8 +120,8 @@ def bench_sampler(config, batch, rounds):
 
 
 def bytes_of_a_pass(model):
-    """The fewest bytes that a pass moves in bfloat16: the maps of both convolutions of a decoder level, written and read
-    once each, and the half of the skip connection, read once."""
+    """The fewest bytes that a pass moves in bfloat16: both maps of each decoder level, written and read once, and the
+    half of its skip connection, read once."""
     maps = [np.prod(model.get_layer(f"decoder_{level}_a").output.shape[1:]) for level in range(LEVELS)]
     return 5 * 2 * int(sum(maps))
 
@@ -138,13 +138,19 @@ def bench_gpu_peaks():
         return x[0, 0]
 
     @tf.function
-    def copies(x):
-        for _ in range(4 * times):
+    def copies(x, count):
+        for _ in tf.range(count):  # a loop, because TensorFlow would add the numbers up
             x += 1.0
         return x[0]
 
-    seconds = in_turns({"product": lambda: product(matrix).numpy(), "copies": lambda: copies(array).numpy()}, 3)
-    peaks = 2 * side**3 * times / seconds["product"], 8 * numbers * 4 * times / seconds["copies"]
+    functions = {
+        "product": lambda: product(matrix).numpy(),
+        "few": lambda: copies(array, tf.constant(times)).numpy(),
+        "many": lambda: copies(array, tf.constant(5 * times)).numpy(),
+    }
+    seconds = in_turns(functions, 3)
+    copied = 4 * times * 8 * numbers / (seconds["many"] - seconds["few"])
+    peaks = 2 * side**3 * times / seconds["product"], copied
     return [
         row("matrix product of 8192x8192, bfloat16", peaks[0] / 1e12, "TFLOP/s"),
         row("copy in the GPU's memory, bytes read and written", peaks[1] / 1e12, "TB/s"),
@@ -196,7 +202,7 @@ def bench_scoring(trainer, count, rounds):
     return [
         row(f"scoring {count:,} images from the file", seconds["scoring"], "s", "3 s for 1,000 on a GPU" * on_gpu()),
         row("... a second", count / seconds["scoring"], "images"),
-        row("scoring time beside the passes", beside, "%", "below 5 %"),
+        row("scoring time beside the passes", beside, "%", "10 %" if on_gpu() else "below 5 %"),
     ]
 
 
@@ -221,9 +227,10 @@ def bench_training(trainer, steps, rounds):
         plain_step = tf.function(lambda *batch: trainer.model.train_step(batch))
         functions["Keras' step"] = lambda: [plain_step(*constant) for _ in range(steps)]
     seconds = in_turns(functions, rounds)
+    share = 100 * seconds["bare step"] / seconds["training"]
     rows = [
         row("training, a second", size * steps / seconds["training"], "images"),
-        row("training against its bare step", 100 * seconds["bare step"] / seconds["training"], "%", "95 %"),
+        row("training against its bare step", share, "%", "90 %" if on_gpu() else "95 %"),
     ]
     if not on_gpu():
         rows.append(row("bare step against Keras' own", seconds["Keras' step"] / seconds["bare step"], "times"))

@@ -5,8 +5,8 @@ Nothing here knows networks or data.
 
 import contextlib
 import ctypes
-import functools
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -101,7 +101,7 @@ def why_no_gpu():
         log = ""
     lines = [line.split("] ", 1)[-1] for line in log.splitlines()]
     said = [line.strip() for line in lines if any(word in line.lower() for word in WORDS_ABOUT_GPUS)]
-    reason = f" ({'; '.join(dict.fromkeys(said))})"[:600] if said else ""
+    reason = f" ({'; '.join(dict.fromkeys(said))[:600]})" if said else ""
     return (
         f"this machine has an NVIDIA GPU, but TensorFlow cannot use it{reason}: install NVIDIA's driver, and CUDA with "
         "pip install 'tensorflow[and-cuda]'; all goes on on the processor"
@@ -162,7 +162,7 @@ def compiled(function, what, xla, **options):
     plain = tf.function(function, **options)
     if not xla:
         return plain
-    chosen, lock, seconds = [tf.function(function, jit_compile=True, **options)], threading.Lock(), []
+    chosen, lock, called = [tf.function(function, jit_compile=True, **options)], threading.Lock(), []
 
     def first_call(arguments):
         started = time.monotonic()
@@ -173,26 +173,22 @@ def compiled(function, what, xla, **options):
             if lacks_memory(error):
                 raise
             chosen[0] = plain
-            warn_without_xla(in_one_line(error))
+            reason = re.sub(r"__inference\S*", "", in_one_line(error)).split(" [[")[0]
+            print_warning(f"XLA cannot compile the {what} ({reason[:300]}): going on without it, more slowly")
             result = plain(*arguments)
-        seconds.append(time.monotonic() - started)
-        print(f"... in {seconds[0]:.0f} s", flush=True)
+        else:
+            print(f"... in {time.monotonic() - started:.0f} s", flush=True)
+        called.append(True)
         return result
 
     def call(*arguments):
-        if not seconds:
+        if not called:
             with lock:  # other threads wait, so that nothing is compiled twice
-                if not seconds:
+                if not called:
                     return first_call(arguments)
         return chosen[0](*arguments)
 
     return call
-
-
-@functools.cache  # once for each reason
-def warn_without_xla(reason):
-    """Warn that XLA does not work here."""
-    print_warning(f"XLA cannot compile here ({reason[:300]}): going on without it, more slowly")
 
 
 def share_out(strategy, *batch):

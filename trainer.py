@@ -171,7 +171,8 @@ class Trainer:
             self.model.optimizer.build(self.model.trainable_variables)
         self.one_gpu = on_gpu() and not several  # XLA and batches of one size do not work with several replicas
         fast_step, self.fast_passes = (self.one_gpu and pays for pays in xla_pays(config))
-        self.step = training_step(self.model, fast_step)
+        # XLA has no deterministic gradient of max-pooling.
+        self.step = training_step(self.model, fast_step and config.deterministic != "yes")
         run = Path(config.run)
         self.checkpoint, self.record = Checkpoint(self.model, run), run / ".scoring.jsonl"
         self.leftovers = self.checkpoint.path, self.record  # not needed after the iteration

@@ -23,15 +23,15 @@ part() { # name, seconds, command: runs it, and goes on if it fails
 if [ -z "$DRY" ] && [ ! -e "$data" ]; then
   part data 60 "$PYTHON" data.py isic "$ISIC" "$data"
 fi
-part tests 110 "$PYTHON" -m pytest tests/test_gpu.py -q -rs --durations=0 -p no:cacheprovider
+part tests 100 "$PYTHON" -m pytest tests/test_gpu.py -q -rs --durations=0 -p no:cacheprovider
 if [ -n "$DRY" ]; then
   part bench 300 "$PYTHON" bench.py --quick --preset demo --json gpu/bench.json
   part run 120 "$PYTHON" train.py --preset demo --initial-steps 20 --iterations 1 --run gpu/run
 else
   weights=weights/paper.weights.h5
   [ -e "$weights" ] && precision="--data $data --weights $weights"
-  part bench 140 "$PYTHON" bench.py --quick --json gpu/bench.json $precision
-  part run 170 "$PYTHON" train.py --preset tuned --precision bfloat16 --data "$data" --run gpu/run
+  part bench 160 "$PYTHON" bench.py --quick --json gpu/bench.json $precision
+  part run 160 "$PYTHON" train.py --preset tuned --precision bfloat16 --data "$data" --run gpu/run
 fi
 if [ -e gpu/run/history.csv ]; then # its last two columns are the seconds of scoring and of training
   awk -F, 'NR > 1 { s += $(NF - 1); t += $NF } END { printf "of the run: %.0f s scoring, %.0f s training\n", s, t }' \
