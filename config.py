@@ -199,6 +199,12 @@ def argument_parser(description=None):
             metavar=None if field.metadata["choices"] else field.type.__name__.upper(),
             help=f"{field.metadata['help']} ({defaults})",
         )
+    parser.add_argument(
+        "--final-steps",
+        type=int,
+        metavar="N",
+        help="train a network anew for N steps on all annotations of an existing run, into RUN/final",
+    )
     parser.add_argument("--force", action="store_true", help="start again; an existing run of this name is moved aside")
     for name, help in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"with --oracle folder: {help}")
@@ -211,7 +217,7 @@ def read_command_line(arguments=None, description=None):
     An existing run keeps its settings; a new run has those of its preset and the given options. With --force an
     existing run is moved aside. Raises UserError for invalid settings."""
     given = vars(argument_parser(description).parse_args(arguments))
-    switches = {name: given.pop(name) for name in SWITCHES}
+    switches, steps = {name: given.pop(name) for name in SWITCHES}, given.pop("final_steps")
     force, run = given.pop("force"), Path(given.get("run", "auto"))
     if (run / "config.json").exists() and not force:
         config = stored_config(run, given)
@@ -229,6 +235,8 @@ def read_command_line(arguments=None, description=None):
         raise UserError(f"{given}: only for --oracle folder; add it, or leave this out")
     if switches["wait"] and switches["partial"]:
         raise UserError("--wait and --partial exclude each other: give only one of them")
+    if steps is not None and (force or not 1 <= steps < 2**31 or not (run / "config.json").exists()):
+        raise UserError(f"--final-steps {steps}: must be at least 1, with --run for a run that is there")
     if force and ((run / "config.json").exists() or (run.is_dir() and only_ours(run))):
         if Path.cwd().is_relative_to(run.resolve()):
             raise UserError(f"--force: {run} contains the current folder and cannot be moved; change to another folder")
@@ -236,7 +244,7 @@ def read_command_line(arguments=None, description=None):
         with locked(run):
             run.rename(aside)
         print(f"moved {run} to {aside}")
-    return config, switches
+    return config, {**switches, "final_steps": steps}
 
 
 def read_config(arguments=None):

@@ -79,6 +79,7 @@ class Unanswered(Exception):
 def find_oracle(config, dataset, parts, run, switches):
     """The oracle of a run. Raises UserError if the data file lacks a mask that a SimulatedOracle needs."""
     if config.oracle == "folder":
+        switches = {name: switches[name] for name in ("wait", "partial", "correct")}
         return FolderOracle(run, dataset, last=config.iterations, **switches)
     needed = np.concatenate([parts.initial, parts.pool])
     missing = needed[~dataset.has_mask[needed]]

@@ -183,6 +183,19 @@ def read_selection(folder):
     return list(place), scores, dice, {group: np.array(selected, int) for group, selected in groups.items()}
 
 
+def history_row(iteration, annotations, pseudo_labels, metrics, seconds_scoring, seconds_training):
+    """A row of history.csv, a dict. metrics: as from Trainer.evaluate."""
+    means = [f"{metrics[name].mean():.6f}" if metrics else "" for name in METRICS]
+    values = iteration, annotations, pseudo_labels, *means, seconds_scoring, seconds_training
+    return dict(zip(HISTORY, values))
+
+
+def write_test(ids, metrics, folder):
+    """Write test.csv: the metrics of each test image."""
+    columns = zip(*(metrics[name].round(6) for name in METRICS))
+    write_csv(folder / "test.csv", ["id", *METRICS], ((id, *values) for id, values in zip(ids, columns)))
+
+
 def write_history(history, run):
     """Write history.csv and, if there are test images, dice.png."""
     write_csv(run / "history.csv", HISTORY, [row.values() for row in history])

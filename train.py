@@ -12,7 +12,6 @@ import itertools
 import shlex
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +25,9 @@ from process import outlasting_output, stopped_at_once
 from run_folder import (
     HISTORY,
     INITIAL,
-    METRICS,
     begin,
     forget_selections,
+    history_row,
     locked,
     only_ours,
     read_last_selection,
@@ -51,9 +50,7 @@ def run_loop(trainer, parts, run, oracle):
     Finished iterations are read from their folders. Returns the rows of history.csv, a list of dict.
     Raises Unanswered if annotations are missing."""
     config, dataset = trainer.config, trainer.dataset
-    has_mask = dataset.has_mask[parts.initial]
-    labelled, to_ask = parts.initial[has_mask], parts.initial[~has_mask]
-    pool = ceal.Pool(labelled, dataset.masks(labelled), np.concatenate([parts.pool, to_ask]), parts.test)
+    pool, to_ask = first_pool(dataset, parts)
     history = resume(trainer, pool, oracle, run)
     for iteration in range(len(history), config.iterations + 1):
         if iteration and config.asked and not len(pool.unlabelled):
@@ -169,22 +166,35 @@ def run_iteration(trainer, pool, pseudo, iteration, selection, folder):
     started = time.monotonic()
     trainer.fit(*pool.training_set(pseudo, pseudo_labels), iteration)
     seconds_training = time.monotonic() - started
-    with ThreadPoolExecutor(1) as beside:
-        saving = beside.submit(trainer.save, folder / "model.weights.h5")
-        metrics = trainer.evaluate(pool.test)
-        saving.result()
+    metrics = trainer.finish(folder, pool.test)
     drawing.finish()
-    if metrics:
-        columns = zip(*(metrics[m].round(6) for m in METRICS))
-        rows = ((id, *values) for id, values in zip(trainer.dataset.ids[pool.test], columns))
-        write_csv(folder / "test.csv", ["id", *METRICS], rows)
-    else:  # a collapse would show nowhere else
+    if not metrics:  # a collapse would show nowhere else
         trainer.warn_if_collapsed(pool.training_set()[0][:64])
-    means = [f"{metrics[m].mean():.6f}" if metrics else "" for m in METRICS]
-    counts = iteration, pool.annotations, len(pseudo)
-    row = dict(zip(HISTORY, [*counts, *means, seconds_scoring, f"{seconds_training:.1f}"]))
+    row = history_row(iteration, pool.annotations, len(pseudo), metrics, seconds_scoring, f"{seconds_training:.1f}")
     write_csv(folder / "history.csv", HISTORY, [row.values()])
     return row
+
+
+def final_network(config, dataset, normalisation, parts, oracle, steps, memory):
+    """What --final-steps does: a network trained anew on all accepted annotations of the run."""
+    from final import train_final
+
+    (pool, _), run = first_pool(dataset, parts), Path(config.run)
+    oracle.collect()
+    history = finished_iterations(run, dataset, pool, oracle)
+    if not history:
+        raise UserError(f"--final-steps: {run} has no finished iteration yet; run it first without --final-steps")
+    annotate(pool, oracle, len(history), {})  # those that came since
+    train_final(config, dataset, normalisation, pool, len(history) - 1, steps, memory)
+    return 2 if oracle.refused else 0
+
+
+def first_pool(dataset, parts):
+    """The ceal.Pool of a data.Split before the first query, and the images of `initial` that a person is asked for,
+    because they have no mask: positions in the data set."""
+    has_mask = dataset.has_mask[parts.initial]
+    labelled, to_ask = parts.initial[has_mask], parts.initial[~has_mask]
+    return ceal.Pool(labelled, dataset.masks(labelled), np.concatenate([parts.pool, to_ask]), parts.test), to_ask
 
 
 def finished_iterations(run, dataset, pool, oracle):
@@ -377,6 +387,9 @@ def main():
             print_plan(config, dataset, parts)
             about = begin(config, dataset, run, about_tensorflow())
             mean, std = normalisation(dataset, np.concatenate([parts.initial, parts.pool]))
+            if steps := switches["final_steps"]:
+                with tensorflow_errors():
+                    return final_network(config, dataset, (mean, std), parts, oracle, steps, about.get("gpu_memory"))
             try:
                 with tensorflow_errors():
                     trainer = Trainer(config, dataset, mean, std, about.get("gpu_memory"))

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import ceal
 from batches import Batches, augmentation, restart
 from data import normalise
 from devices import compiled, gpu_memory, keras, on_gpu, share_out, tensorflow_errors, tf, use_devices
-from run_folder import CHECKPOINT, read_record
+from run_folder import CHECKPOINT, read_record, write_test
 from sampler import mc_dropout
 from unet import LOSSES, build_unet, count_parameters, halves, load_unet, load_weights, save_unet, save_weights
 from utils import (
@@ -146,8 +147,9 @@ def images_at_a_time(memory, height, width, filters):
 class Trainer:
     """The network of a run with its Dataset and the normalisation, mean and std: a float per channel each."""
 
-    def __init__(self, config, dataset, mean, std, memory=None):
-        """memory: bytes of the GPU on which the run began, so that it goes on elsewhere in batches of the same size."""
+    def __init__(self, config, dataset, mean, std, memory=None, folder=None):
+        """memory: bytes of the GPU on which the run began, so that it goes on elsewhere in batches of the same size;
+        folder: for what is unfinished, by default the run's."""
         self.config, self.dataset, self.mean, self.std = config, dataset, mean, std
         devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
         several = config.devices == "all" and len(devices) > 1
@@ -173,7 +175,7 @@ class Trainer:
         fast_step, self.fast_passes = (self.one_gpu and pays for pays in xla_pays(config))
         # XLA has no deterministic gradient of max-pooling.
         self.step = training_step(self.model, fast_step and config.deterministic != "yes")
-        run = Path(config.run)
+        run = Path(folder or config.run)
         self.checkpoint, self.record = Checkpoint(self.model, run), run / ".scoring.jsonl"
         self.leftovers = self.checkpoint.path, self.record  # not needed after the iteration
         self.memory = min(memory or gpu_memory(), gpu_memory()) if on_gpu() else 0
@@ -287,6 +289,16 @@ class Trainer:
     def save(self, path):
         """Write the weights and the settings that they need to `path`."""
         save_unet(self.model, path, self.mean, self.std)
+
+    def finish(self, folder, test):
+        """Write the weights and, if there are test images, test.csv. Returns what `evaluate` returns for them."""
+        with ThreadPoolExecutor(1) as beside:
+            saving = beside.submit(self.save, folder / "model.weights.h5")
+            metrics = self.evaluate(test)
+            saving.result()
+        if metrics:
+            write_test(self.dataset.ids[test], metrics, folder)
+        return metrics
 
     def proposals(self, positions, iteration):
         """Yield the (mean, uncertainty map), float32 (H, W), of `uncertainty` for each of these positions."""
