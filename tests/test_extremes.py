@@ -168,7 +168,7 @@ def failing(error):
 def test_too_little_memory_in_training_is_one_sentence_and_the_run_goes_on(run, tmp_path, monkeypatch, capsys, error):
     """The advice keeps the run's answers: it never names another --run."""
     with monkeypatch.context() as patch, pytest.raises(UserError) as refusal:
-        patch.setattr(trainer, "training_step", lambda model: failing(error))
+        patch.setattr(trainer, "training_step", lambda *_: failing(error))
         run()
     command = f"python train.py --run {tmp_path / 'r'} --batch-size 2"
     assert str(refusal.value).endswith(f"--batch-size 4 is too large for this machine; go on with: {command}")
@@ -181,7 +181,7 @@ def test_too_little_memory_in_training_is_one_sentence_and_the_run_goes_on(run, 
 
 
 def test_a_batch_of_one_image_cannot_be_smaller(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "training_step", lambda model: failing(SHORT_OF_MEMORY[0]))
+    monkeypatch.setattr(trainer, "training_step", lambda *_: failing(SHORT_OF_MEMORY[0]))
     with pytest.raises(UserError) as refusal:
         run("--batch-size", "1")
     assert str(refusal.value).endswith(f"a machine with more, and go on with: python train.py --run {tmp_path / 'r'}")
