@@ -146,6 +146,9 @@ class Config:
     )
     most_uncertain: int = setting(10, "oracle queries from the last bins of the score histogram, per iteration", 0)
     random: int = setting(15, "random oracle queries, per iteration", 0)
+    audit: int = setting(
+        0, "more oracle queries, uniformly at random, per iteration, that estimate the Dice of the whole pool", 0
+    )
     pseudo_start: int = setting(5, "first iteration with pseudo-labels", 1)
     pseudo_first: int = setting(20, "pseudo-labels in iteration --pseudo-start", 0)
     pseudo_step: int = setting(20, "additional pseudo-labels in each later iteration", 0)
@@ -296,11 +299,13 @@ def check(config):
         raise UserError(f"--width-shift {config.width_shift}: must be at most 1, because it is a share of the width")
     if config.rotation > 180:
         raise UserError(f"--rotation {config.rotation}: must be at most 180 degrees")
-    if config.query == "none" and config.oracle == "folder":
-        raise UserError("--query none: there are no queries; leave out --oracle folder")
+    if config.query == "none" and (config.oracle == "folder" or config.audit):
+        given = "--audit" if config.audit else "--oracle folder"
+        raise UserError(f"--query none: there are no queries; leave out {given}")
     if config.iterations and not config.asked and config.query != "none":
         raise UserError("no queries: --no-detection, --most-uncertain and --random are all 0; increase one of them")
-    if config.iterations and config.asked > config.pool:
-        raise UserError(f"--pool {config.pool}: must be at least {config.asked}, the number of queries per iteration")
+    if config.iterations and config.asked + config.audit > config.pool:
+        count = config.asked + config.audit
+        raise UserError(f"--pool {config.pool}: must be at least {count}, the number of queries per iteration")
     if config.validation >= config.initial:
         raise UserError(f"--validation {config.validation}: must be below --initial {config.initial}")

@@ -59,7 +59,7 @@ POOL = [
     "certain_and_right",
     "uncertain_region",
     "dice_pool",
-    *(f"dice_{group}" for group in GROUPS),
+    *(f"dice_{group}" for group in GROUPS if group != "audit"),
 ]
 FAILURE = 0.788  # the Dice at a Jaccard index of 0.65, below which the challenge counts a mask as failed
 
@@ -203,7 +203,7 @@ def rate_pool(pool, edges):
     low, high = edges
     score, dice = pool["score"], pool["dice"]
     certain, most = score < low, score >= high
-    of_group = {name: dice[pool["group"] == name] for name in GROUPS}
+    of_group = {name: dice[pool["group"] == name] for name in GROUPS if name != "audit"}
     constant = np.ptp(score) == 0 or np.ptp(dice) == 0
     return {
         "pool": len(score),

@@ -21,6 +21,7 @@ GROUPS = {
     "most_uncertain": ("most uncertain", "#d55e00", "^"),
     "random": ("random", "#f0c800", "s"),
     "pseudo": ("pseudo-label", "#009e73", "o"),
+    "audit": ("audit", "#cc79a7", "D"),
 }
 
 
@@ -346,8 +347,9 @@ def figure_pool(iterations, means, path):
     quality.plot(iterations, means["dice_pool"], "k-", label="whole pool")
     with np.errstate(invalid="ignore"):
         for group, (label, color, marker) in GROUPS.items():
-            style = {"color": color, "marker": marker, "markeredgecolor": "k", "label": label}
-            quality.plot(iterations, means[f"dice_{group}"], **style)
+            if (name := f"dice_{group}") in means:
+                style = {"color": color, "marker": marker, "markeredgecolor": "k", "label": label}
+                quality.plot(iterations, means[name], **style)
     quality.set(title="true Dice of what each group holds", xlabel="iteration", ylabel="Dice", ylim=(0, 1))
     quality.legend(fontsize=8, loc="lower right")
     save_figure(figure, path, vector=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import ceal
+from audit import draw_audit
 from config import DEMO_SIZE, read_command_line
 from data import Dataset, draw_row, hold_out, normalisation, split, write_dataset
 from figures import Drawing, figure_examples, figure_overview, figure_scores
@@ -107,17 +108,21 @@ def query(trainer, pool, oracle, iteration, folder):
     """
     config, candidates, started = trainer.config, pool.unlabelled, time.monotonic()
     count = ceal.pseudo_label_count(iteration, config.pseudo_start, config.pseudo_first, config.pseudo_step)
-    scored = (STRATEGIES[config.query].scored or count > 0) and len(candidates) > 0
+    scored = (STRATEGIES[config.query].scored or count or config.audit) and len(candidates) > 0
     scores, dice = trainer.score(pool, iteration, trainer.record) if scored else (np.zeros(len(candidates)), None)
     (folder / ".seconds").write_text(f"{time.monotonic() - started if scored else 0:.1f}")
 
     answered = oracle.answers(iteration, UNASKED)
     free = np.flatnonzero(~np.isin(candidates, [*answered.positions, *answered.rejected]))
+    audited = draw_audit(free, config, iteration)
+    free = np.setdiff1d(free, audited)
     rng = np.random.default_rng(derived_seed(config.seed, iteration, "queries"))
     groups = STRATEGIES[config.query].select(scores[free], rng, config)
     queried = np.concatenate(list(groups.values()))
     groups["pseudo"] = ceal.select_pseudo_labels(scores[free], rng, count, exclude=queried)
-    groups = {group: free[selected] for group, selected in groups.items()}
+    groups = {group: free[selected] for group, selected in groups.items()} | (
+        {"audit": audited} if config.audit else {}
+    )
     ids = trainer.dataset.ids[candidates]
     write_queries(ids, groups, folder)
     if scored:
@@ -328,6 +333,7 @@ def plan_of_iteration(config):
     if config.pseudo_first or config.pseudo_step:
         choice = "" if scored else f", selected by scores of {config.passes} passes"
         pseudo = f"pseudo-labels from iteration {config.pseudo_start}{choice}"
+    how += f" and {config.audit} to audit" * bool(config.audit)
     return f"{scored}ask for {config.asked} masks{how}, train {lengths} at {config.highest_rate(1):g}; {pseudo}"
 
 
