@@ -142,6 +142,7 @@ class FolderOracle:
         self.run, self.dataset, self.last = run, dataset, last
         self.wait, self.partial, self.correct = wait, partial, correct
         self.path, self.refused, self._reported = run / "annotations.h5", False, set()
+        self.tell = lambda: None  # called whenever answers are missing
         self._positions = {id: position for position, id in enumerate(dataset.ids)}
         self._rows, self._answers, self._closed = [], {}, -1  # the Answer of each row, and the last one of each id
         if self.path.exists():
@@ -187,6 +188,7 @@ class FolderOracle:
             # While an answer is refused, its image must not be trained on: the correct answer may come too late then.
             if not (missing or wrong) or (self.partial and self._enough(iteration, ids)):
                 break
+            self.tell()
             if not self.wait:
                 for id in () if new else missing:
                     print(f"missing: {folder / 'masks' / id}.png")

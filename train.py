@@ -8,7 +8,6 @@ A run writes runs/NAME/ and nothing else: config.json, environment.json, history
 same command with --run runs/NAME continues a run that was interrupted.
 """
 
-import itertools
 import shlex
 import shutil
 import time
@@ -20,9 +19,10 @@ import ceal
 from audit import draw_audit
 from config import DEMO_SIZE, read_command_line
 from data import Dataset, draw_row, hold_out, normalisation, split, write_dataset
-from figures import Drawing, figure_examples, figure_overview, figure_scores
 from oracle import Unanswered, find_oracle
 from process import outlasting_output, stopped_at_once
+from quality import Quality, sentence, write_quality
+from report import Page, draw_overview, draw_selection
 from run_folder import (
     HISTORY,
     INITIAL,
@@ -31,14 +31,12 @@ from run_folder import (
     history_row,
     locked,
     only_ours,
-    read_last_selection,
     read_queries,
-    read_selection,
     write_history,
     write_queries,
 )
 from strategies import STRATEGIES
-from utils import UserError, derived_seed, read_csv, run_command, segmentation_metrics, whole_folder, write_csv
+from utils import UserError, derived_seed, read_csv, run_command, whole_folder, write_csv
 
 UNASKED = np.array([], int)  # for oracle.answers: only answers that came late
 
@@ -53,6 +51,10 @@ def run_loop(trainer, parts, run, oracle):
     config, dataset = trainer.config, trainer.dataset
     pool, to_ask = first_pool(dataset, parts)
     history = resume(trainer, pool, oracle, run)
+    page = Page(run, dataset, beside=trainer.one_gpu)
+    oracle.tell = page.update_now
+    page.update()  # in case an earlier start was killed before it did
+    quality = Quality(dataset.ids, parts.pool, config.seed, trainer.proposals, trainer.predict)
     for iteration in range(len(history), config.iterations + 1):
         if iteration and config.asked and not len(pool.unlabelled):
             print_empty_pool(oracle, iteration)
@@ -60,19 +62,25 @@ def run_loop(trainer, parts, run, oracle):
         selection = run / f".queries_{iteration:02d}"
         if not selection.exists():
             select(trainer, pool, oracle, to_ask, iteration, selection)  # score -> query
+        unanswered = pool.unlabelled
         pseudo = ask(trainer, pool, oracle, iteration, selection)  # the oracle's masks
         with whole_folder(run / f"iteration_{iteration:02d}") as folder:
             # pseudo-label -> train -> evaluate
+            means = quality.before_training(pool, unanswered, iteration, selection, folder)
             history.append(run_iteration(trainer, pool, pseudo, iteration, selection, folder))
+            quality.after_training(iteration, means, folder)
         for leftover in trainer.leftovers:
             leftover.unlink(missing_ok=True)
         forget_selections(config, run, len(history))
         write_history(history, run)
-        print_iteration(history[-1])
+        print_iteration(history[-1], write_quality(run, len(history))[-1])
+        page.update()
     for leftover in trainer.leftovers:  # of a start that was killed before it removed them
         leftover.unlink(missing_ok=True)
     if not (run / "overview.png").exists():
         draw_overview(trainer, pool, history, run)
+    page.update(done=True)
+    page.finish()
     return history
 
 
@@ -86,6 +94,7 @@ def resume(trainer, pool, oracle, run):
         trainer.load(last)
         print(f"{len(history)} iterations are done already, up to {last.parent}", flush=True)
         write_history(history, run)
+        write_quality(run, len(history))
     forget_selections(trainer.config, run, len(history))
     return history
 
@@ -228,61 +237,6 @@ def finished_iterations(run, dataset, pool, oracle):
 # -------------------------------------------------------------------------------------------------- what a person sees
 
 
-def draw_selection(trainer, iteration, folder):
-    """Begin to draw scores.png and examples.png of the selection in an iteration's folder, with the network that scored
-    the pool. Returns a figures.Drawing."""
-    if not (folder / "scores.csv").exists() or (folder / "scores.png").exists():  # drawn by an earlier version
-        return Drawing([])
-    ids, scores, dice, groups = read_selection(folder)
-    position = {id: n for n, id in enumerate(trainer.dataset.ids)}
-    candidates = np.array([position[id] for id in ids])
-    jobs = [(figure_scores, (scores, dice, groups, *ceal.histogram(scores)[2:]), folder / "scores.png")]
-    if examples := find_examples(trainer, candidates, scores, dice, groups, iteration):
-        jobs.append((figure_examples, (examples,), folder / "examples.png"))
-    return Drawing(jobs, beside=trainer.one_gpu)
-
-
-def find_examples(trainer, candidates, scores, dice, groups, iteration, each=2, shown=3):
-    """The paper's Fig. 1 for `each` images of every group: image, truth, the first `shown` passes, the mean of all
-    passes and the uncertainty map. Returns a list for figures.figure_examples."""
-    examples = []
-    for group, selected in groups.items():
-        if not len(at := selected[:each]):
-            continue
-        mean, variance = trainer.uncertainty(candidates[at], iteration)
-        # Sums of the first 0, 1, 2, ... passes: the difference of two is one pass.
-        sums = [0.0, *(n * trainer.uncertainty(candidates[at], iteration, passes=n)[0] for n in range(1, shown + 1))]
-        images, masks = (read(candidates[at]) for read in (trainer.dataset.images, trainer.dataset.masks))
-        rated = ["no truth" if np.isnan(dice[n]) else f"Dice {dice[n]:.2f}" for n in at]
-        ids = trainer.dataset.ids[candidates[at]]
-        titles = [f"{id}\nscore {scores[n]:.3g}, {words}" for id, n, words in zip(ids, at, rated)]
-        truths = [None if np.isnan(dice[n]) else mask for n, mask in zip(at, masks)]
-        passes = zip(*(after - before for before, after in itertools.pairwise(sums)))
-        examples.append((group, list(zip(titles, images, truths, passes, mean, variance))))
-    return examples
-
-
-def draw_overview(trainer, pool, history, run):
-    """overview.png: the curve, the last selection, and masks of test images from the worst to the best (of pool images
-    if there are none for test)."""
-    dataset, tested, shown = trainer.dataset, bool(history[-1]["dice"]), 8
-    if tested:
-        rows = read_csv(run / f"iteration_{len(history) - 1:02d}" / "test.csv")
-        order = pool.test[np.argsort([float(row["dice"]) for row in rows], kind="stable")]
-    else:
-        order = pool.unlabelled if len(pool.unlabelled) else pool.training_set()[0]
-    positions = order[np.unique(np.linspace(0, len(order) - 1, shown).astype(int))]
-    predictions = trainer.predict(positions) > 0.5
-    truths = [mask if there else None for mask, there in zip(dataset.masks(positions), dataset.has_mask[positions])]
-    dice = segmentation_metrics(dataset.masks(positions), predictions)["dice"]
-    names = [id if mask is None else f"{id}, Dice {d:.2f}" for id, mask, d in zip(dataset.ids[positions], truths, dice)]
-    examples = list(zip(names, dataset.images(positions), predictions, truths))
-    result = f", Dice {float(history[-1]['dice']):.3f} on {len(pool.test)} test images" if tested else ""
-    title = f"{run}: {len(history) - 1} iterations, {history[-1]['annotations']} annotations{result}"
-    last = read_last_selection(run, len(history))
-    figure_overview(title, history if tested else None, last, examples, run / "overview.png")
-
-
 def open_dataset(config):
     """The run's Dataset, drawn into the run's folder if `config.data` is auto."""
     path = Path(config.data)
@@ -345,14 +299,16 @@ def print_empty_pool(oracle, iteration):
     print(f"the pool is empty: the run ends before iteration {iteration}{unused}")
 
 
-def print_iteration(row):
-    """Print the result of an iteration in one line."""
+def print_iteration(row, quality):
+    """Print the result of an iteration, given its rows of history.csv and quality.csv."""
     rated = f"Dice {float(row['dice']):.3f}, Jaccard {float(row['jaccard']):.3f}" if row["dice"] else "not measured"
     print(
         f"iteration {row['iteration']}: {row['annotations']} annotations, {row['pseudo_labels']:>3} pseudo-labels, "
         f"{rated}  ({float(row['seconds_scoring']):.0f} s scoring, {float(row['seconds_training']):.0f} s training)",
         flush=True,
     )
+    if changed := sentence(quality):
+        print(changed, flush=True)
 
 
 def print_end(history, run):
@@ -363,7 +319,7 @@ def print_end(history, run):
     print(f"done: {results} the result{choices}")
     weights = shlex.quote(f"{last}/model.weights.h5")
     print(f"masks for your own images: python predict.py IMAGES --weights {weights} --out masks")
-    print(f"the run at a glance: {run}/overview.png")
+    print(f"the run at a glance: {run}/overview.png, and in full: {run}/report.html")
 
 
 @outlasting_output()
@@ -401,6 +357,7 @@ def main():
                     trainer = Trainer(config, dataset, mean, std, about.get("gpu_memory"))
                     history = run_loop(trainer, parts, run, oracle)
             except Unanswered as waiting:
+                print(f"the run so far: {run}/report.html")
                 print(f"when all answers are there and correct (or now, with --partial), {go_on}")
                 return 2 if waiting.invalid else 0
     print_end(history, run)

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, blobs, write_blobs
 
 import ceal
+import report
 import sampler
 import train
 import unet
@@ -97,12 +98,22 @@ def test_a_run_holds_what_another_program_needs(a_run, dataset):
         "history.csv",
         *(f"iteration_0{k}" for k in range(4)),
         "overview.png",
+        "quality.csv",
+        "report.html",
     ]
-    assert sorted(p.name for p in (run / "iteration_00").iterdir()) == ["history.csv", "model.weights.h5", "test.csv"]
+    assert sorted(p.name for p in (run / "iteration_00").iterdir()) == [
+        "history.csv",
+        "model.weights.h5",
+        "quality.csv",
+        "test.csv",
+    ]
     assert sorted(p.name for p in (run / "iteration_02").iterdir()) == [
+        "answers.csv",
+        "answers.npz",
         "examples.png",
         "history.csv",
         "model.weights.h5",
+        "quality.csv",
         "queries.csv",
         "scores.csv",
         "scores.png",
@@ -500,7 +511,7 @@ def test_float16_training_scales_its_loss_and_goes_on_where_it_was(dataset, tmp_
 
 def test_without_queries_there_are_no_examples(trainer):
     groups = {"random": np.array([], int), "pseudo": np.array([], int)}
-    assert train.find_examples(trainer, np.arange(5), np.zeros(5), np.zeros(5), groups, 1) == []
+    assert report.find_examples(trainer, np.arange(5), np.zeros(5), np.zeros(5), groups, 1) == []
 
 
 def test_batches_are_the_same_wherever_training_goes_on(trainer):
