@@ -17,6 +17,7 @@ from PIL import Image
 
 from annotations import Answers, PersonOracle, Submitted, Unanswered, same
 from answers import NO_PROPOSALS, PROPOSALS, README, draw_overlay, read_answers, write_table
+from labelstudio import LabelStudioOracle
 from pictures import open_mask, open_picture, orientation, other_way, resize_map, shrink_mask
 from utils import UserError, print_warning, read_csv, segmentation_metrics, whole_folder
 
@@ -46,12 +47,14 @@ def find_oracle(config, dataset, parts, run, switches):
     """The oracle of a run. Raises UserError if the data file lacks a mask that a SimulatedOracle needs."""
     if config.oracle == "folder":
         return FolderOracle(run, dataset, last=config.iterations, **switches)
+    if config.oracle == "labelstudio":
+        return LabelStudioOracle(run, dataset, config.iterations, config.labelstudio, **switches)
     needed = np.concatenate([parts.initial, parts.pool])
     missing = needed[~dataset.has_mask[needed]]
     if len(missing):
         raise UserError(
             f"{dataset.path}: {dataset.ids[missing[0]]} has no mask ({len(missing)} such images among those for "
-            "--initial and --pool); let a person draw them with --oracle folder"
+            "--initial and --pool); let a person draw them with --oracle folder or labelstudio"
         )
     return SimulatedOracle(dataset.masks)
 
