@@ -115,7 +115,7 @@ class Server:
         except ValueError:
             body = None
         if 200 <= status < 300:
-            if answer.content and body is None:
+            if body is None and (answer.content or method == "GET"):
                 raise UserError(f"{self.url}: something answers there, but not Label Studio; correct --labelstudio")
             return body
         detail = body.get("detail", body) if isinstance(body, dict) else answer.reason
