@@ -241,7 +241,7 @@ class PersonOracle:
             print_warning(f"{self._address()}: {warning}")
 
     def _answer(self, id, hash, rejection):
-        """The Answer with this content, were it accepted now."""
+        """The Answer with this content, if it is accepted now."""
         return Answer(id, self._closed + 1, hash, rejection)
 
     def _require_correctable(self, place, earlier, answer):

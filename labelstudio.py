@@ -26,11 +26,16 @@ TOKEN = "LABEL_STUDIO_API_KEY"  # the environment variable
 LABEL = "Lesion"
 LABELLING = f"""\
 <View>
-  <Header value="$caption"/>
+  <Header value="$caption" size="5"/>
+  <View style="display: flex; align-items: center; gap: 1em">
+    <Header value="brush:" size="6"/>
+    <BrushLabels name="brush" toName="image"><Label value="{LABEL}" background="#00c8ff"/></BrushLabels>
+    <Header value="or polygon:" size="6"/>
+    <PolygonLabels name="polygon" toName="image"><Label value="{LABEL}" background="#ffc800"/></PolygonLabels>
+  </View>
+  <TextArea name="reason" toName="image" rows="1" maxSubmissions="1"
+            placeholder="cannot be used? Write why, press Enter, then Skip"/>
   <Image name="image" value="$image" zoom="true" zoomControl="true" brightnessControl="true" contrastControl="true"/>
-  <BrushLabels name="brush" toName="image"><Label value="{LABEL}" background="#00c8ff"/></BrushLabels>
-  <PolygonLabels name="polygon" toName="image"><Label value="{LABEL}" background="#ffc800"/></PolygonLabels>
-  <TextArea name="reason" toName="image" rows="1" maxSubmissions="1" placeholder="why it is skipped; then press Skip"/>
 </View>
 """
 MODEL = "CEAL"  # the model_version of all predictions, so that scores of several iterations have one order
@@ -131,11 +136,12 @@ class Server:
             raise NotThere(f"{self.url} lacks something of this run ({said}); is it the server of this run?")
         if status in (429, 502, 503, 504):
             raise Unreachable(f"{self.url} is not ready ({said}); repeat the command later")
+        if status >= 500:
+            raise Unreachable(f"{self.url} failed ({said}); look at its log; its disk may be full")
         if 300 <= status < 400:
             where = answer.headers.get("Location", "another address")
             raise UserError(f"{self.url} sends on to {where.partition('?')[0]}; give its own address to --labelstudio")
-        remedy = "look at its log; its disk may be full" if status >= 500 else "is it version 1.23 or later?"
-        raise UserError(f"{self.url} did not accept a request ({said}); {remedy}")
+        raise UserError(f"{self.url} did not accept a request ({said}); is it version 1.23 or later?")
 
     def _secrets(self):
         return [secret for secret in (self._token, self._access) if secret]
@@ -223,26 +229,23 @@ class LabelStudioOracle(PersonOracle):
         project = self._project()
         self._keep(view=self._view())
         tasks, scores = self._tasks(), self._scores(iteration)
-        asked = [(id, group, int(at)) for id, group, at in asked]
-        self._report_deleted(tasks, [at for *_, at in asked])
+        asked = [(id, group, int(at)) for id, group, at in asked if id not in self._answers]
+        self._report_deleted(tasks, asked)
         new = [row for row in asked if not any(t["data"].get("iteration") == iteration for t in tasks.get(row[2], []))]
         new.sort(key=lambda row: -scores.get(row[0], 0))
         files = self._uploaded_files() if new else {}
         maps = propose([at for *_, at in new]) if propose else itertools.repeat(None)
         for (id, group, at), proposal in zip(new, maps):
-            score = scores.get(id)
-            data = {"id": id.encode(errors="replace").decode(), "position": at, "iteration": iteration, "group": group}
-            data |= {"uncertainty": score} if score is not None else {}
-            data["caption"] = ", ".join(
-                f"{name} {data[name]:.4g}" if name == "uncertainty" else f"{name} {data[name]}"
-                for name in ("id", "group", "uncertainty")
-                if name in data
-            )
+            id = id.encode(errors="replace").decode()  # names of files may hold bytes that are not UTF-8
+            data = {"id": id, "position": at, "iteration": iteration, "group": group, "caption": f"{id}, {group}"}
+            if (score := scores.get(self.dataset.ids[at])) is not None:
+                data |= {"uncertainty": score, "caption": f"{id}, {group}, uncertainty {score:.4g}"}
             self._make_task(data, tasks.get(at), proposal, files)
-        if propose and project["model_version"] != MODEL:  # else the scores of the predictions have no effect
+        if propose and (new or project["model_version"] != MODEL):  # else the scores of the predictions have no effect
             self.server.call("PATCH", f"/api/projects/{self._kept['project']}/", json={"model_version": MODEL})
         if new:
             tasks = self._tasks()
+        if asked:
             print(f"{self._address()}: draw masks of {len(asked)} images in Label Studio", flush=True)
         self._keep(tasks={str(at): some[-1]["id"] for at, some in tasks.items()})
         return bool(new)
@@ -305,11 +308,11 @@ class LabelStudioOracle(PersonOracle):
         return tasks
 
     def _report_deleted(self, tasks, asked):
-        """Print which of the tasks of these positions were deleted."""
-        for at in asked:
+        """Print which of these images had a task that was deleted."""
+        for id, _, at in asked:
             number = self._kept["tasks"].get(str(at))
-            if number is not None and at not in tasks and self.dataset.ids[at] not in self._answers:
-                print_warning(f"task {number} of {self.dataset.ids[at]} was deleted in Label Studio; it is made again")
+            if number is not None and at not in tasks:
+                print_warning(f"task {number} of {id} was deleted in Label Studio; it is made again")
 
     def _scores(self, iteration):
         """The score of each image in this iteration's selection: a dict of id to float, empty if nothing was scored."""

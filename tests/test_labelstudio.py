@@ -1,5 +1,6 @@
 """labelstudio.py and brush.py: a person in a browser. The server is a small one that answers as Label Studio does."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -22,9 +23,10 @@ import data
 import train
 from annotations import Unanswered
 from brush import Unreadable, decode, encode, fill, join
-from config import read_command_line
+from config import read_command_line, read_config
 from labelstudio import TOKEN, LabelStudioOracle
 from pictures import shrink_mask
+from run_folder import change_settings, write_json
 from utils import UserError, read_csv, write_csv
 
 REAL = ROOT / ".venv-labelstudio" / "bin" / "python"
@@ -497,7 +499,7 @@ def test_a_deleted_task_is_made_again_and_a_deleted_project_is_named(ask, studio
         del studio.tasks[studio.task(id)["id"]]
     capsys.readouterr()
     with pytest.raises(Unanswered):
-        ask(images=range(1, 8))
+        ask()
     assert capsys.readouterr().err.count("of id 1 was deleted in Label Studio; it is made again") == 1
     assert len(studio.tasks) == 7
     assert sum(map(len, studio.files.values())) == 8
@@ -510,7 +512,8 @@ def test_a_deleted_task_is_made_again_and_a_deleted_project_is_named(ask, studio
         ask()
     (ask.run / "labelstudio.json").unlink()
     with pytest.raises(Unanswered):
-        ask(images=range(1, 8))  # in a new project
+        ask()  # in a new project
+    assert len(studio.tasks) == 14
     assert len(studio.projects) == 2
     assert [row[0] for row in rows(ask.run)] == ["id 0"]
 
@@ -671,3 +674,12 @@ def test_a_whole_run(studio, tmp_path, monkeypatch, capsys):
     assert [row[2] for row in rows(tmp_path / "r") if row[2]] == ["a scar"]
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or LEGACY.encode() not in path.read_bytes()
+
+
+def test_a_server_that_has_moved_gets_its_new_address_once(tmp_path):
+    run, moved = tmp_path / "r", "http://studio.example.org:9000"
+    write_json(run / "config.json", dataclasses.asdict(read_config(["--run", str(run), "--oracle", "labelstudio"])))
+    change_settings(read_config(["--run", str(run), "--labelstudio", moved]), run)
+    assert read_config(["--run", str(run)]).labelstudio == moved
+    with pytest.raises(UserError, match="was started with labelstudio"):
+        read_config(["--run", str(run), "--oracle", "folder"])
