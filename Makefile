@@ -1,4 +1,4 @@
-.PHONY: demo test test-all faults gpu
+.PHONY: demo test test-all test-labelstudio faults gpu
 .DELETE_ON_ERROR:
 
 PYTHON3 = python3
@@ -6,6 +6,7 @@ VERSION := $(shell $(PYTHON3) -c 'import sys; print("%d.%d" % sys.version_info[:
 VERSIONS = 3.10 3.11 3.12 3.13
 PYTHON = .venv/bin/python
 ISIC = isic2017
+STUDIO = 1.23.2
 PYTEST = $(PYTHON) -m pytest -n auto --dist loadfile
 
 demo: .venv/installed-$(VERSION)  ## the whole program on synthetic lesions
@@ -14,10 +15,14 @@ demo: .venv/installed-$(VERSION)  ## the whole program on synthetic lesions
 test: .venv/installed-dev-$(VERSION)  ## the tests but the slow ones
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not labelstudio"
 
 test-all: test  ## then the slow ones: a process for each case
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not labelstudio"
+
+# Label Studio lives in an environment of its own, because it needs other versions of NumPy and many more packages.
+test-labelstudio: .venv/installed-dev-$(VERSION) .venv-labelstudio/installed-$(STUDIO)  ## a run with Label Studio and a browser
+	$(PYTHON) -m pytest tests/test_labelstudio_real.py -s -rs
 
 faults: .venv/installed-dev-$(VERSION)  ## 100 kills of a run, and 100 of one that asks a person
 	KILLS=100 $(PYTHON) -m pytest tests/test_faults.py tests/test_oracle.py -s -k again_and_again
@@ -36,4 +41,9 @@ gpu: $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed-dev-$(VERSION))  
 
 .venv/installed-dev-$(VERSION): requirements-dev.txt .venv/installed-$(VERSION)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv-labelstudio/installed-$(STUDIO):
+	$(PYTHON3) -m venv --clear .venv-labelstudio
+	.venv-labelstudio/bin/python -m pip install --quiet --disable-pip-version-check label-studio==$(STUDIO)
 	touch $@

@@ -75,12 +75,14 @@ def write_table(folder, asked):
     write_csv(folder / "queries.csv", ["id", "group", "answer"], [(id, group, "") for id, group in asked])
 
 
-def save_plain(picture, path):
-    """Save the pixels of an upright picture as PNG, with its colour profile but without EXIF or other metadata."""
+def save_plain(picture, file):
+    """Save the pixels of an upright picture as PNG, with its colour profile but without EXIF or other metadata.
+
+    file: a path or a file object."""
     mode = "RGBA" if picture.has_transparency_data else "L" if picture.mode in ("1", "L") else "RGB"
     plain, profile = picture.convert(mode), picture.info.get("icc_profile") if picture.mode == mode else None
     plain.info = {}
-    plain.save(path, icc_profile=profile)
+    plain.save(file, "PNG", icc_profile=profile)
 
 
 def draw_overlay(picture, probabilities, uncertainty, longest=1024):

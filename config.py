@@ -8,6 +8,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import ceal
 from run_folder import locked, only_ours
@@ -107,8 +108,11 @@ class Config:
         0, "hold out this many labelled images and measure on them, not on the test images, to choose settings", 0
     )
     oracle: str = setting(
-        "simulated", "source of annotations: the masks in the data file, or a person", choices=("simulated", "folder")
+        "simulated",
+        "source of annotations: the masks in the data file, or a person with a folder, or with Label Studio",
+        choices=("simulated", "folder", "labelstudio"),
     )
+    labelstudio: str = setting("http://localhost:8080", "with --oracle labelstudio: the address of the server")
 
     filters: int = setting(32, "filters of the network's first level; each of the four deeper levels doubles them", 1)
     dropout: float = setting(0.5, "dropout rate at the bottleneck, in training and in Monte Carlo passes", 0)
@@ -210,7 +214,7 @@ def argument_parser(description=None):
     )
     parser.add_argument("--force", action="store_true", help="start again; an existing run of this name is moved aside")
     for name, help in SWITCHES.items():
-        parser.add_argument(f"--{name}", action="store_true", help=f"with --oracle folder: {help}")
+        parser.add_argument(f"--{name}", action="store_true", help=f"with --oracle folder or labelstudio: {help}")
     return parser
 
 
@@ -235,7 +239,7 @@ def read_command_line(arguments=None, description=None):
         config.run = time.strftime(f"runs/{config.preset}-%Y%m%d-%H%M%S")
     if config.oracle == "simulated" and any(switches.values()):
         given = " and ".join(f"--{name}" for name in switches if switches[name])
-        raise UserError(f"{given}: only for --oracle folder; add it, or leave this out")
+        raise UserError(f"{given}: only for --oracle folder or labelstudio; add it, or leave this out")
     if switches["wait"] and switches["partial"]:
         raise UserError("--wait and --partial exclude each other: give only one of them")
     if steps is not None and (force or not 1 <= steps < 2**31 or not (run / "config.json").exists()):
@@ -256,8 +260,8 @@ def read_config(arguments=None):
 
 
 def stored_config(run, given):
-    """The Config of an existing run; only its batch size may change, in case the memory does not suffice. Raises
-    UserError if config.json is damaged or another given setting differs."""
+    """The Config of an existing run; only its batch size may change, in case the memory does not suffice, and the
+    address of Label Studio. Raises UserError if config.json is damaged or another given setting differs."""
     path = run / "config.json"
     try:
         config = Config(**json.loads(path.read_text()))
@@ -266,10 +270,11 @@ def stored_config(run, given):
         raise UserError(f"{path}: not the settings of this version of train.py ({error}); give another --run")
     config.run = str(run)
     config.batch_size = given.get("batch_size", config.batch_size)
+    config.labelstudio = given.get("labelstudio", config.labelstudio)
     check(config)
     for name, value in given.items():
         stored = getattr(config, name)
-        if name != "run" and value != stored:
+        if name not in ("run", "labelstudio") and value != stored:
             option = f"--{name.replace('_', '-')}"
             raise UserError(
                 f"{option} {value}: {run} was started with {stored}; leave the option out, or give another --run"
@@ -299,13 +304,29 @@ def check(config):
         raise UserError(f"--width-shift {config.width_shift}: must be at most 1, because it is a share of the width")
     if config.rotation > 180:
         raise UserError(f"--rotation {config.rotation}: must be at most 180 degrees")
-    if config.query == "none" and (config.oracle == "folder" or config.audit):
-        given = "--audit" if config.audit else "--oracle folder"
+    if config.query == "none" and (config.oracle != "simulated" or config.audit):
+        given = "--audit" if config.audit else f"--oracle {config.oracle}"
         raise UserError(f"--query none: there are no queries; leave out {given}")
     if config.iterations and not config.asked and config.query != "none":
         raise UserError("no queries: --no-detection, --most-uncertain and --random are all 0; increase one of them")
     if config.iterations and config.asked + config.audit > config.pool:
         count = config.asked + config.audit
         raise UserError(f"--pool {config.pool}: must be at least {count}, the number of queries per iteration")
+    check_address(config)
     if config.validation >= config.initial:
         raise UserError(f"--validation {config.validation}: must be below --initial {config.initial}")
+
+
+def check_address(config):
+    """Raise UserError if --labelstudio is not the address of a server, or holds a password, which would be stored."""
+    if config.oracle != "labelstudio" and config.labelstudio != Config.labelstudio:
+        raise UserError("--labelstudio: only for --oracle labelstudio; add it, or leave this out")
+    try:
+        address = urlsplit(config.labelstudio)
+        right = address.scheme in ("http", "https") and address.hostname and address.port != 0
+    except ValueError:  # of the port
+        right = False
+    if "@" in config.labelstudio or "?" in config.labelstudio:
+        raise UserError("--labelstudio: give the address alone; the token belongs into LABEL_STUDIO_API_KEY")
+    if not right:
+        raise UserError(f"--labelstudio {config.labelstudio}: not an address such as http://localhost:8080")

@@ -61,7 +61,7 @@ def begin(config, dataset, run, tensorflow):
                 f"{dataset.path} does not hold the images and masks that {run} was started with; restore them, or give "
                 "another --run"
             )
-        change_batch_size(config, run)
+        change_settings(config, run)
         return stored
     about = {**environment(tensorflow), "data_fingerprint": fingerprint}
     write_json(path, about)
@@ -75,9 +75,13 @@ def write_json(path, content):
         partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def change_batch_size(config, run):
-    """If config.json has another batch size, store the new one and drop the unfinished training."""
+def change_settings(config, run):
+    """If config.json has another batch size or address of Label Studio, store the new one. For another batch size,
+    drop the unfinished training."""
     stored = json.loads((run / "config.json").read_text())
+    if stored.get("labelstudio", config.labelstudio) != config.labelstudio:
+        stored["labelstudio"] = config.labelstudio
+        write_json(run / "config.json", stored)
     if stored["batch_size"] != config.batch_size:
         (run / CHECKPOINT).unlink(missing_ok=True)
         write_json(run / "config.json", {**stored, "batch_size": config.batch_size})
