@@ -22,12 +22,13 @@ from scipy.ndimage import binary_dilation, binary_erosion
 import ceal
 from data import Dataset
 from figures import GROUPS, Drawing, figure_examples, figure_overview, figure_scores
-from quality import COMPARED, LATE, STABLE, read_answers_of, read_quality, sentence
+from quality import COMPARED, LATE, MAPS, STABLE, read_answers_of, read_quality, sentence
 from run_folder import INITIAL, read_last_selection, read_selection
 from utils import open_hdf5, printable, read_csv, segmentation_metrics, whole_file
 
 NAMES = {group: label for group, (label, *_) in GROUPS.items()} | {LATE: "answered late", INITIAL: "initial"}
 LARGE, SMALL = 208, 144  # pixels of the longer side of a picture: of the last iteration, of the others
+IN_FULL = 100  # an iteration with more images than this is shown in the small form
 MOST = 4_000_000  # characters of all pictures; the page stays below 5 MB
 WIDTH, HEIGHT, LEFT, BELOW = 480, 270, 52, 40  # of a chart and its margins
 MARKS = {**{group: style[2] for group, style in GROUPS.items()}, "other": "o"}
@@ -200,9 +201,6 @@ def draw_outline(values, mask, colour, dashed):
     values[line] = colour
 
 
-ANSWER, PROPOSAL = ((0, 255, 255), False), ((255, 255, 0), True)
-
-
 def read_annotations(run):
     """The rows of annotations.h5, a list of dict of id, iteration and rejection; empty without the file."""
     if not (run / "annotations.h5").exists():
@@ -213,38 +211,33 @@ def read_annotations(run):
 
 
 def pending(run, iteration, dataset, answers, room):
-    """The images that a person is asked for and that no iteration has used yet, or None."""
-    table = run / f".queries_{iteration:02d}" / "queries.csv"
-    folder = run / "annotate" / f"iteration_{iteration:02d}"
-    if not table.exists():
+    """The images that a person is asked for and that no iteration has used yet, a dict for the template, or None."""
+    selection, folder = run / f".queries_{iteration:02d}", run / "annotate" / f"iteration_{iteration:02d}"
+    try:
+        rows = [(row["id"], row["group"]) for row in read_csv(selection / "queries.csv") if row["group"] != "pseudo"]
+        scores = read_scores(selection)
+    except (OSError, KeyError, ValueError):  # missing, or train.py will say what is wrong with it
         return None
-    rows = [row for row in read_csv(table) if row["group"] != "pseudo"]
-    place, given, scores = (
-        {id: n for n, id in enumerate(dataset.ids)},
-        {answer["id"] for answer in answers},
-        read_scores(table.parent),
-    )
-    images = []
-    for row in rows:
-        overlay = folder / "overlay" / f"{row['id']}.png"
-        if proposed := overlay.exists():
-            with Image.open(overlay) as picture:
-                picture.thumbnail((LARGE, LARGE))
-                pixels = np.array(picture.convert("RGB"))
-        else:
-            pixels = dataset.images([place[row["id"]]])[0]
-        images.append(
-            {
-                **captions(row["id"], row["group"], scores, ""),
-                "uri": room.picture(pixels, LARGE),
-                "proposed": proposed,
-                "answer": "answered" if row["id"] in given else "no answer yet",
-            }
-        )
-    answered = sum(row["id"] in given for row in rows)
+    place, given, images = {id: n for n, id in enumerate(dataset.ids)}, {answer["id"] for answer in answers}, []
+    for id, group in rows:
+        overlay = read_overlay(folder / "overlay" / f"{id}.png")
+        image = {**captions(id, group, scores, ""), "answered": id in given, "proposed": overlay is not None}
+        pixels = dataset.images([place[id]])[0] if overlay is None else overlay
+        images.append({**image, "uri": room.picture(pixels, LARGE)})
+    answered = sum(image["answered"] for image in images)
     return (
         {"iteration": iteration, "folder": printable(folder), "images": images, "answered": answered} if rows else None
     )
+
+
+def read_overlay(path):
+    """A small copy of a picture with the outline of the proposal, uint8 (H, W, 3), or None if it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            picture.thumbnail((LARGE, LARGE))
+            return np.array(picture.convert("RGB"))
+    except OSError:
+        return None
 
 
 def read_scores(folder):
@@ -267,44 +260,42 @@ def gallery(run, iteration, last, dataset, answers, room):
     """The images that an iteration asked for, a dict for the template: in full for the last iteration, with one picture
     an image for the others."""
     folder = run / f"iteration_{iteration:02d}"
-    maps, scores, full = read_answers_of(folder), read_scores(folder), iteration == last
     groups = {row["id"]: row["group"] for row in read_csv(folder / "queries.csv") if row["group"] != "pseudo"}
-    if maps:
-        groups |= dict(zip(maps["ids"], maps["groups"]))
-    rated = {row["id"]: row["dice"] for row in read_csv(folder / "answers.csv")} if maps else {}
+    maps, scores, rated = read_answers_of(folder), read_scores(folder), {}
+    if maps and (folder / "answers.csv").exists():
+        rated = {row["id"]: row["dice"] for row in read_csv(folder / "answers.csv")}
+    groups |= dict(zip(maps["ids"], maps["groups"])) if maps else {}
+    full = iteration == last and len(groups) <= IN_FULL
     reasons = {answer["id"]: answer["rejection"] for answer in answers if answer["iteration"] == iteration}
-    place, images, known = (
-        {id: n for n, id in enumerate(dataset.ids)},
-        [],
-        maps and {id: n for n, id in enumerate(maps["ids"])},
-    )
+    place, images = {id: n for n, id in enumerate(dataset.ids)}, []
+    known = {id: n for n, id in enumerate(maps["ids"])} if maps else {}
     for id, group in groups.items():
         if room.left <= 0:
             break
-        pixels, n = dataset.images([place[id]])[0], known[id] if known else None
-        image = {**captions(id, group, scores, rated.get(id, "")), "state": maps["states"][n] if maps else "drawn"}
-        image["reason"] = printable(reasons.get(id, ""))
-        proposal = (maps["proposals"][n], *PROPOSAL) if maps else None
-        answer = (maps["answers"][n], *ANSWER) if maps and image["state"] == "drawn" else None
-        both = [outline for outline in (answer, proposal) if outline]
-        if full:
-            image["pictures"] = [(f"{image['id']}: the image", room.picture(pixels, LARGE))]
-            if maps:
-                image["pictures"].append(("proposal", room.picture(pixels, LARGE, proposal)))
-                image["pictures"].append(("uncertainty", room.picture(maps["uncertainty"][n], LARGE)))
-            if answer:
-                image["pictures"].insert(2, ("answer", room.picture(pixels, LARGE, answer)))
-        else:
-            image["pictures"] = [("", room.picture(pixels, SMALL, *both))]
-        image["pictures"] = [picture for picture in image["pictures"] if picture[1]]
+        image = {**captions(id, group, scores, rated.get(id, "")), "reason": printable(reasons.get(id, ""))}
+        image["state"] = maps["states"][known[id]] if id in known else "drawn"
+        mine = {name: maps[name][known[id]] for name in MAPS} if id in known else None
+        image["pictures"] = pictures(dataset.images([place[id]])[0], mine, image["state"] == "drawn", full, room)
         images.append(image)
-    return {
-        "iteration": iteration,
-        "full": full,
-        "maps": bool(maps),
-        "images": images,
-        "left_out": len(groups) - len(images),
-    }
+    left_out = len(groups) - len(images)
+    return {"iteration": iteration, "full": full, "maps": bool(maps), "images": images, "left_out": left_out}
+
+
+def pictures(pixels, maps, drawn, full, room):
+    """The pictures of an image, a list of (caption, data URI). maps: of this image, as in quality.read_answers_of, or
+    None; drawn: whether its answer is a mask; full: a picture for each map, not one for all."""
+    outlines = {}
+    if maps:
+        outlines["proposal"] = maps["proposals"], (255, 255, 0), True
+    if maps and drawn:
+        outlines["answer"] = maps["answers"], (0, 255, 255), False
+    if not full:
+        return [("outlines", room.picture(pixels, SMALL, *reversed(outlines.values())))]
+    found = [("image", room.picture(pixels, LARGE))]
+    found += [(name, room.picture(pixels, LARGE, outline)) for name, outline in outlines.items()]
+    if maps:
+        found.append(("uncertainty", room.picture(maps["uncertainty"], LARGE)))
+    return [(name, uri) for name, uri in found if uri]
 
 
 # --------------------------------------------------------------------------------------------------------- the charts

@@ -127,7 +127,7 @@ def test_the_images_watched_are_of_the_pool_and_depend_on_the_seed_alone():
     assert set(one) <= set(pool)
     np.testing.assert_array_equal(one, same)
     assert set(one) != set(other)
-    assert set(Quality([], pool[:7], 1, None, None).watched) == set(pool[:7])
+    assert len(Quality([], pool[:7], 1, None, None).watched) == 3  # a third: the pool of a demo is small
 
 
 def test_masks_are_stable_after_some_iterations_in_a_row():
@@ -183,7 +183,7 @@ def test_stability_is_that_of_the_weights_of_two_iterations(a_run, data_file):
         return model.predict(inputs.astype(np.float32), verbose=0)[..., 0] > 0.5
 
     with Dataset(data_file) as dataset:
-        images = dataset.images(split(dataset, 9, 40, 0).pool)
+        images = dataset.images(Quality([], split(dataset, 9, 40, 0).pool, 1, None, None).watched)
     expected = segmentation_metrics(masks(1), masks(2))["dice"].mean()
     assert float(read_csv(a_run / "quality.csv")[2]["stability"]) == pytest.approx(expected, abs=1e-3)
 
