@@ -5,12 +5,14 @@ Both need no test images. Nothing here knows the network or the loop: it gets fu
 
 import numpy as np
 
+from audit import ESTIMATE, estimates
 from utils import UserError, derived_seed, read_csv, segmentation_metrics, write_csv
 
 LATE = "late"  # the group of an answer to an image that an earlier iteration had asked for
 COMPARED = "no_detection", "most_uncertain", "random"  # groups with means of their own
 MEANS = [f"{metric}_{group}" for group in COMPARED for metric in ("dice", "jaccard")]
-QUALITY = ["iteration", "answers", "dice", "jaccard", *MEANS, "stability", "stable"]  # of RUN/quality.csv
+OF_ITERATION = ["iteration", "answers", "dice", "jaccard", *MEANS, "stability"]  # of iteration_KK/quality.csv
+QUALITY = [*OF_ITERATION, "stable", *ESTIMATE]  # of RUN/quality.csv
 ANSWERS = ["id", "group", "dice", "jaccard"]  # of iteration_KK/answers.csv
 MAPS = "proposals", "uncertainty", "answers"  # of iteration_KK/answers.npz, (n, H, W) each
 
@@ -60,11 +62,11 @@ class Quality:
     def after_training(self, iteration, means, folder):
         """Measure how far the masks of the images watched have changed, and write the row of quality.csv, which
         `before_training` began with `means`, to the iteration's folder."""
-        row = {**dict.fromkeys(QUALITY[:-1], ""), **means, "iteration": str(iteration)}
+        row = {**dict.fromkeys(OF_ITERATION, ""), **means, "iteration": str(iteration)}
         if iteration and len(self.watched):
             before, self.masks = self.masks, self.predict(self.watched) > 0.5
             row["stability"] = f"{segmentation_metrics(before, self.masks)['dice'].mean():.6f}"
-        write_csv(folder / "quality.csv", QUALITY[:-1], [row.values()])
+        write_csv(folder / "quality.csv", OF_ITERATION, [row.values()])
 
 
 def write_answers(groups, states, proposals, uncertainty, drawn, folder):
@@ -131,7 +133,7 @@ def read_quality(run, iterations):
             raise UserError(f"{path}: not as train.py wrote it ({error}); remove it, and its cells stay empty")
         row["stable"] = "" if stabilities[-1] is None else str(int(is_stable(stabilities)))
         rows.append(row)
-    return rows
+    return [row | estimate for row, estimate in zip(rows, estimates(run, iterations))]
 
 
 def write_quality(run, iterations):
@@ -142,9 +144,12 @@ def write_quality(run, iterations):
 
 
 def sentence(row):
-    """How far the masks of the pool changed in the iteration of this row of quality.csv; empty if not measured."""
-    if not row["stability"]:
-        return ""
-    dice = float(row["stability"])
-    advice = ": more annotations will change little" if row["stable"] == "1" else ""
-    return f"the masks of the pool changed by {100 * (1 - dice):.1f} % (Dice {dice:.3f}){advice}"
+    """How far the masks of the pool changed in the iteration of this row of quality.csv, and how good they were before
+    its training, as far as this was measured."""
+    parts = []
+    if row["stability"]:
+        dice = float(row["stability"])
+        parts.append(f"the masks of the pool changed by {100 * (1 - dice):.1f} % (Dice {dice:.3f})")
+    if row["estimate"]:
+        parts.append("estimated Dice {:.2f} ({:.2f} to {:.2f})".format(*(float(row[name]) for name in ESTIMATE)))
+    return ", ".join(parts) + (": more annotations will change little" if row["stable"] == "1" else "")

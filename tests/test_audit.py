@@ -2,12 +2,16 @@
 
 import numpy as np
 import pytest
+from conftest import write_blobs
 from scipy.stats import rankdata
 
 import audit
 import ceal
+import train
 from audit import Scored, draw_audit, estimate_pool_dice, predict_dice
 from config import Config
+from data import Dataset
+from utils import read_csv
 
 
 def made_pools(rng, count=6, size=400):
@@ -109,3 +113,32 @@ def test_every_image_is_audited_equally_often():
 def test_folders_without_answers_or_scores_have_no_estimate(tmp_path):
     (tmp_path / "iteration_00").mkdir()
     assert audit.estimates(tmp_path, 2) == [dict.fromkeys(audit.ESTIMATE, "")] * 2
+
+
+def test_a_run_asks_for_them_and_writes_the_estimate(tmp_path, monkeypatch, capsys):
+    """The audited images are asked for beside the others, trained on, and never queried otherwise."""
+    data, run = write_blobs(tmp_path / "blobs.h5", 60, 48, 64), tmp_path / "run"
+    options = (
+        "--filters 2 --batch-size 4 --passes 2 --initial 8 --pool 40 --test 6 --initial-epochs 4"
+    )
+    options += " --active-epochs 2 --no-detection 2 --most-uncertain 2 --random 3 --iterations 2 --audit 4 --learning-rate 0.001"
+    monkeypatch.setattr("sys.argv", f"train.py --data {data} --run {run} {options}".split())
+    train.main()
+    history = read_csv(run / "history.csv")
+    assert [row["annotations"] for row in history] == ["8", "19", "30"]
+    rows = read_csv(run / "quality.csv")
+    assert rows[0]["estimate"] == ""
+    with Dataset(data) as dataset:
+        place = {id: n for n, id in enumerate(dataset.ids)}
+    for k in 1, 2:
+        folder = run / f"iteration_{k:02d}"
+        queries = {row["id"]: row["group"] for row in read_csv(folder / "queries.csv") if row["group"] != "pseudo"}
+        candidates = np.array([place[row["id"]] for row in read_csv(folder / "scores.csv")])
+        expected = draw_audit(np.arange(len(candidates)), Config(audit=4), k)
+        assert {place[id] for id, group in queries.items() if group == "audit"} == set(candidates[expected])
+        assert len(queries) == 11
+        dice = [float(row["dice"]) for row in read_csv(folder / "scores.csv")]
+        low, estimate, high = (float(rows[k][f"estimate{end}"]) for end in ("_low", "", "_high"))
+        assert 0 <= low <= estimate <= high <= 1
+        assert abs(estimate - np.mean(dice)) < 0.4
+    assert capsys.readouterr().out.count(", estimated Dice ") == 2

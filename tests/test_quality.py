@@ -139,10 +139,15 @@ def test_masks_are_stable_after_some_iterations_in_a_row():
 
 
 def test_the_sentence():
-    row = {"stability": "0.979000", "stable": "0"}
+    row = {"stability": "0.979000", "stable": "0", "estimate": ""}
     assert sentence(row) == "the masks of the pool changed by 2.1 % (Dice 0.979)"
     assert sentence({**row, "stable": "1"}).endswith("(Dice 0.979): more annotations will change little")
-    assert sentence({"stability": "", "stable": ""}) == ""
+    assert sentence({"stability": "", "stable": "", "estimate": ""}) == ""
+    audited = {"estimate": "0.861", "estimate_low": "0.829", "estimate_high": "0.893", "stable": "1"}
+    assert sentence({**row, **audited}) == (
+        "the masks of the pool changed by 2.1 % (Dice 0.979), estimated Dice 0.86 (0.83 to 0.89): more annotations "
+        "will change little"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ a whole run
