@@ -197,7 +197,14 @@ def test_a_page_before_the_first_training_has_ended(dataset, tmp_path):
     assert "The first training has not ended yet." in check(make_page(run, dataset)).text
 
 
-@pytest.mark.parametrize(("iterations", "asked", "size"), [(9, 35, (192, 240)), (60, 35, (64, 80)), (1, 900, (64, 80))])
+@pytest.mark.parametrize(
+    ("iterations", "asked", "size"),
+    [
+        (9, 35, (192, 240)),
+        pytest.param(60, 35, (64, 80), marks=pytest.mark.slow),
+        pytest.param(1, 900, (64, 80), marks=pytest.mark.slow),
+    ],
+)
 def test_the_page_stays_small(tmp_path, iterations, asked, size):
     ids = [f"image_{n}" for n in range(1000)]
     run = made_up_run(tmp_path / "r", ids, iterations, asked, size)
