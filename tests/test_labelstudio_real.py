@@ -77,7 +77,7 @@ class Studio:
             self.process = subprocess.Popen(
                 command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder
             )
-        end = time.monotonic() + 300
+        end = time.monotonic() + 600  # a minute, or much more beside other work
         while time.monotonic() < end:
             assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
             try:
