@@ -382,7 +382,7 @@ class LabelStudioOracle(PersonOracle):
     def _identify(self, id, at, annotation, place):
         """The Submitted of a finished annotation, a dict. Raises Unreadable if it is not a mask."""
         if annotation["was_cancelled"]:
-            return Submitted(self._answer(id, "", reason(annotation["result"])), place, "", None)
+            return Submitted(self._answer(id, "", reason(annotation["result"] or [])), place, "", None)
         version = annotation["id"], annotation["updated_at"]
         if version not in self._hashes:
             self._hashes[version] = blake2b(np.packbits(self._mask(at, annotation)), digest_size=16).hexdigest()
@@ -391,7 +391,7 @@ class LabelStudioOracle(PersonOracle):
 
     def _mask(self, at, annotation):
         """The mask of an annotation, bool (h, w), at the size of its image."""
-        return join(annotation["result"], LABEL, *map(int, self.dataset.original_sizes[at]))
+        return join(annotation["result"] or [], LABEL, *map(int, self.dataset.original_sizes[at]))
 
     def _read_mask(self, place, at, annotation):
         mask = self._mask(at, annotation).astype(np.uint8)
@@ -410,7 +410,7 @@ class LabelStudioOracle(PersonOracle):
         """Yield (id, annotator, other annotator, Dice) of each pair of annotators of an image who drew a mask."""
         latest = {annotator(annotation): annotation for annotation in finished}
         drawn = {name: annotation for name, annotation in latest.items() if not annotation["was_cancelled"]}
-        for one, other in itertools.combinations(sorted(drawn), 2):
+        for one, other in itertools.combinations(sorted(drawn, key=str), 2):
             try:
                 masks = [self._mask(self._positions[id], drawn[name])[None] for name in (one, other)]
             except Unreadable:
@@ -429,7 +429,7 @@ class LabelStudioOracle(PersonOracle):
 
 
 def annotator(annotation):
-    """The number of the person who made an annotation."""
+    """The number of the person who made an annotation, or None if the account was removed."""
     by = annotation["completed_by"]
     return by["id"] if isinstance(by, dict) else by
 
