@@ -119,9 +119,9 @@ def test_a_run_asks_for_them_and_writes_the_estimate(tmp_path, monkeypatch, caps
     """The audited images are asked for beside the others, trained on, and never queried otherwise."""
     data, run = write_blobs(tmp_path / "blobs.h5", 60, 48, 64), tmp_path / "run"
     options = (
-        "--filters 2 --batch-size 4 --passes 2 --initial 8 --pool 40 --test 6 --initial-epochs 4"
+        "--filters 2 --batch-size 4 --passes 2 --initial 8 --pool 40 --test 6 --initial-epochs 4 --active-epochs 2 "
+        "--no-detection 2 --most-uncertain 2 --random 3 --iterations 2 --audit 4 --learning-rate 0.001"
     )
-    options += " --active-epochs 2 --no-detection 2 --most-uncertain 2 --random 3 --iterations 2 --audit 4 --learning-rate 0.001"
     monkeypatch.setattr("sys.argv", f"train.py --data {data} --run {run} {options}".split())
     train.main()
     history = read_csv(run / "history.csv")

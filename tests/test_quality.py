@@ -157,7 +157,7 @@ def test_quality_csv_has_a_row_per_iteration(a_run):
     rows = read_csv(a_run / "quality.csv")
     assert ",".join(rows[0]) == (
         "iteration,answers,dice,jaccard,dice_no_detection,jaccard_no_detection,dice_most_uncertain,"
-        "jaccard_most_uncertain,dice_random,jaccard_random,stability,stable"
+        "jaccard_most_uncertain,dice_random,jaccard_random,stability,stable,estimate,estimate_low,estimate_high"
     )
     assert [row["iteration"] for row in rows] == ["0", "1", "2", "3"]
     assert [row["answers"] for row in rows] == ["", "4", "4", "4"]
