@@ -19,7 +19,7 @@ import numpy as np
 
 import ceal
 from config import DEMO_SIZE, read_command_line
-from data import Dataset, draw_row, hold_out, normalisation, split, write_dataset
+from data import Dataset, draw_row, hold_out, split, write_dataset
 from figures import Drawing, figure_examples, figure_overview, figure_scores
 from oracle import Unanswered, find_oracle
 from process import outlasting_output, stopped_at_once
@@ -36,6 +36,7 @@ from run_folder import (
     read_selection,
     write_history,
     write_queries,
+    write_scores,
 )
 from strategies import STRATEGIES
 from utils import UserError, derived_seed, read_csv, run_command, segmentation_metrics, whole_folder, write_csv
@@ -124,8 +125,7 @@ def query(trainer, pool, oracle, iteration, folder):
     ids = trainer.dataset.ids[candidates]
     write_queries(ids, groups, folder)
     if scored:
-        rows = zip(ids, scores, ("" if np.isnan(value) else value for value in dice))
-        write_csv(folder / "scores.csv", ["id", "uncertainty", "dice"], rows)
+        write_scores(ids, scores, dice, folder)
 
 
 def ask(trainer, pool, oracle, iteration, selection):
@@ -150,7 +150,7 @@ def annotate(pool, oracle, iteration, groups):
     `read_queries` returns them. Returns the positions to pseudo-label, without those answered in the meantime."""
     asked = [position for group, positions in groups.items() if group != "pseudo" for position in positions]
     answers = oracle.answers(iteration, np.array(asked, int))
-    in_pool = [*pool.unlabelled, *asked]
+    in_pool = np.concatenate([pool.unlabelled, np.array(asked, int)])
     drawn, rejected = np.isin(answers.positions, in_pool), np.isin(answers.rejected, in_pool)
     pool.annotate(answers.positions[drawn], answers.masks[drawn])
     pool.reject(answers.rejected[rejected])
@@ -375,11 +375,10 @@ def main():
             parts = hold_out(parts, dataset, config.validation, config.split_seed)
             oracle = find_oracle(config, dataset, parts, run, switches)
             print_plan(config, dataset, parts)
-            about = begin(config, dataset, run, about_tensorflow())
-            mean, std = normalisation(dataset, np.concatenate([parts.initial, parts.pool]))
+            about = begin(config, dataset, run, about_tensorflow(), np.concatenate([parts.initial, parts.pool]))
             try:
                 with tensorflow_errors():
-                    trainer = Trainer(config, dataset, mean, std, about.get("gpu_memory"))
+                    trainer = Trainer(config, dataset, *about["normalisation"], about.get("gpu_memory"))
                     history = run_loop(trainer, parts, run, oracle)
             except Unanswered as waiting:
                 print(f"when all answers are there and correct (or now, with --partial), {go_on}")
