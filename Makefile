@@ -1,4 +1,4 @@
-.PHONY: demo test test-all faults gpu
+.PHONY: demo test test-all test-cluster faults gpu
 .DELETE_ON_ERROR:
 
 PYTHON3 = python3
@@ -14,10 +14,13 @@ demo: .venv/installed-$(VERSION)  ## the whole program on synthetic lesions
 test: .venv/installed-dev-$(VERSION)  ## the tests but the slow ones
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not cluster"
 
 test-all: test  ## then the slow ones: a process for each case
 	$(PYTEST) -m slow
+
+test-cluster: .venv/installed-cluster-$(VERSION)  ## several machines, played by this one: under 6 minutes; LONG=1: more
+	TF_NUM_INTRAOP_THREADS=1 LONG=$(LONG) $(PYTHON) -m pytest -m cluster tests/test_cluster.py
 
 faults: .venv/installed-dev-$(VERSION)  ## 100 kills of a run, and 100 of one that asks a person
 	KILLS=100 $(PYTHON) -m pytest tests/test_faults.py tests/test_oracle.py -s -k again_and_again
@@ -36,4 +39,8 @@ gpu: $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed-dev-$(VERSION))  
 
 .venv/installed-dev-$(VERSION): requirements-dev.txt .venv/installed-$(VERSION)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv/installed-cluster-$(VERSION): requirements-cluster.txt .venv/installed-dev-$(VERSION)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-cluster.txt
 	touch $@

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import ceal
+from cluster import connected
 from config import DEMO_SIZE, read_command_line
 from data import Dataset, draw_row, hold_out, split, write_dataset
 from figures import Drawing, figure_examples, figure_overview, figure_scores
@@ -353,7 +354,7 @@ def print_end(history, run):
 @outlasting_output()
 def main():
     """The command line."""
-    config, switches = read_command_line(description=__doc__)
+    config, switches, where = read_command_line(description=__doc__)
     run = Path(config.run)
     if run.exists() and not (run / "config.json").exists() and not (run.is_dir() and only_ours(run)):
         raise UserError(f"{run} exists already and is not a run: give another --run, or move it away")
@@ -362,7 +363,7 @@ def main():
     def advise():
         return go_on if (run / "config.json").exists() else "nothing has been started yet; give the same command again"
 
-    with locked(run), stopped_at_once(advise):
+    with locked(run), connected(*where) as cluster, stopped_at_once(advise):
         # Here, because TensorFlow takes seconds to import.
         from devices import about_tensorflow, tensorflow_errors
         from trainer import Trainer, prepare
@@ -379,6 +380,7 @@ def main():
             try:
                 with tensorflow_errors():
                     trainer = Trainer(config, dataset, *about["normalisation"], about.get("gpu_memory"))
+                    trainer.cluster = cluster
                     history = run_loop(trainer, parts, run, oracle)
             except Unanswered as waiting:
                 print(f"when all answers are there and correct (or now, with --partial), {go_on}")
