@@ -1,4 +1,4 @@
-"""cluster.py: several machines, played by Ray nodes of one core on this one, score as one process does, whatever dies."""
+"""cluster.py: machines, played by Ray nodes of one core on this one, score as one process does, whatever dies."""
 
 import importlib.util
 import os
@@ -52,7 +52,7 @@ def test_the_version_changes_with_any_file_of_the_program(tmp_path):
     assert cluster.code_version(tmp_path) != before
 
 
-# --------------------------------------------------------------------------------------------------------- with two nodes
+# ------------------------------------------------------------------------------------------------------ with two nodes
 
 
 class Nodes:
