@@ -220,9 +220,9 @@ class Cluster:
                     head += 1
                 speed = progress.tasks[0].completed / (time.monotonic() - started)
                 at_work = sum(worker.ready for worker in self.hired)
-                progress.update(bar, description=f"{described}, {at_work} workers, {speed:.1f} images a second")
+                progress.update(bar, description=f"{described}, workers: {at_work}, {speed:.1f} images a second")
         count, seconds = sum(map(len, pieces)), time.monotonic() - started
-        print(f"{described}: {at_work} workers, {count / seconds:.1f} images a second", flush=True)
+        print(f"{described}: workers: {at_work}, {count / seconds:.1f} images a second", flush=True)
 
     def places(self):
         """The number of workers that the cluster has room for, and the resources of one, options of Ray."""

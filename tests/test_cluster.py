@@ -89,9 +89,9 @@ def workers(nodes):
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
-    """A Trainer for `IMAGES` discs, which takes some 10 seconds to score them all on one core."""
+    """A Trainer for `IMAGES` discs, which takes some 5 seconds to score them all on one core."""
     folder = tmp_path_factory.mktemp("data")
-    config = read_config(f"--preset demo --filters 8 --passes 100 --run {folder}/run".split())
+    config = read_config(f"--preset demo --filters 8 --passes 60 --run {folder}/run".split())
     prepare(config)
     with Dataset(write_blobs(folder / "blobs.h5", IMAGES, 48, 64)) as dataset:
         yield Trainer(config, dataset, [128.0], [50.0])
@@ -186,7 +186,7 @@ def test_a_node_killed_at_a_random_moment_changes_nothing(score, nodes, kill):
     killer.start()
     started = time.monotonic()
     score()
-    assert time.monotonic() - started < 150
+    assert time.monotonic() - started < 240
     killer.join()
 
 

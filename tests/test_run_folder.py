@@ -5,14 +5,11 @@ import errno
 import fcntl
 import json
 import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from config import Config, read_config
 from run_folder import CHECKPOINT, begin, locked, read_csv, read_scores, read_selection, write_queries, write_scores
@@ -140,40 +137,3 @@ def test_scores_are_read_back_as_they_were_written(tmp_path):
     assert {group: at.tolist() for group, at in groups.items() if len(at)} == {"random": [2], "pseudo": [3, 0]}
     assert [row["dice"] for row in read_csv(tmp_path / "scores.csv")][:2] == ["", "0.0"]
     assert read_scores(tmp_path / "scores.csv")[0] == ids.tolist()
-
-
-A_MILLION = """
-import resource, sys, time
-from pathlib import Path
-import numpy as np
-import ceal
-from figures import figure_scores
-from run_folder import read_queries, read_selection, write_queries, write_scores
-
-class Made:
-    ids = np.array([f"ISIC_{n:07d}" for n in range(1_000_000)], object)
-
-started, folder, rng = time.monotonic(), Path(sys.argv[1]), np.random.default_rng(1)
-scores, dice = rng.gamma(2, 20, 1_000_000), rng.random(1_000_000)
-pool = ceal.Pool([], [], np.arange(1_000_000), [])
-groups = ceal.select_queries(scores, rng)
-queried = np.concatenate(list(groups.values()))
-groups["pseudo"] = ceal.select_pseudo_labels(scores, rng, 100, queried)
-write_queries(Made.ids, groups, folder)
-write_scores(Made.ids, scores, dice, folder)
-assert {name: list(at) for name, at in groups.items()} == read_queries(folder, 1, Made)
-pool.annotate(queried, np.zeros((len(queried), 2, 2), np.uint8))
-_, *selection = read_selection(folder)
-figure_scores(*selection, *ceal.histogram(selection[0])[2:], folder / "scores.png")
-print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, len(pool.unlabelled))
-"""
-
-
-@pytest.mark.slow
-def test_a_pool_of_a_million_takes_a_minute_and_3_gb_at_most(tmp_path):
-    command = [sys.executable, "-c", A_MILLION, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    seconds, gigabytes, left = map(float, done.stdout.split())
-    assert (seconds < 60, gigabytes < 3, left) == (True, True, 999_965)
-    assert (tmp_path / "scores.png").stat().st_size > 10_000
