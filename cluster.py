@@ -144,12 +144,14 @@ def start_ray(address):
     options = {}
     if address == "local":
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # all of Ray then listens at 127.0.0.1 alone
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else workers are slower than other programs, by nice 15
         options = {"num_cpus": cores(), "object_store_memory": 2**28}
     try:
         import ray
     except ImportError:
         raise UserError(f"--cluster {address} needs Ray: {INSTALL}")
     try:
+        require_listener(address)
         found = ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:  # Ray raises many kinds
         raise UserError(
@@ -164,12 +166,23 @@ def start_ray(address):
     return ray
 
 
+def require_listener(address):
+    """Raise OSError if nothing listens at the address of a cluster, because Ray itself would try for minutes."""
+    if address == "auto":
+        noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")  # `ray start` writes it
+        address = os.environ.get("RAY_ADDRESS") or (noted.read_text().strip() if noted.exists() else "")
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "://" not in address:
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 class Cluster:
     """The workers of one start of a command. They are hired when there is work, and replaced when they die."""
 
     def __init__(self, ray, worker_cores):
         self.ray, self.worker_cores, self.version = ray, worker_cores, code_version(FOLDER)
-        self.hired, self.task, self.last_sign, self.longest = [], None, time.monotonic(), 0.0
+        self.hired, self.task, self.longest = [], None, 0.0
+        self.last_sign, self.hire_from, self.last_reason = time.monotonic(), 0.0, "none has begun"
 
     def rate(self, trainer, chunks, iteration):
         """Yield what trainer.rate(chunks, iteration) yields, computed by the workers."""
@@ -233,7 +246,7 @@ class Cluster:
 
     def hire(self):
         """Start a worker in each free place, also of machines that came later."""
-        count, resources = self.places()
+        count, resources = self.places() if time.monotonic() > self.hire_from else (0, {})
         variables = {name: value for name, value in os.environ.items() if name.startswith(("TF_", "XLA_"))}
         if "num_gpus" not in resources:
             threads = str(self.worker_cores)
@@ -310,7 +323,10 @@ class Cluster:
             elif self.longest and any(now - since > limit for _, since in worker.pieces.values()):
                 found += self.dismiss(worker, f"it took more than {limit:.0f} seconds for a piece")
         if not any(worker.ready for worker in self.hired) and now - self.last_sign > START:
-            raise UserError(f"--cluster: no worker could be started in {START} seconds; look at `ray status`")
+            raise UserError(
+                f"--cluster: there was no worker for {START} seconds ({self.last_reason}); look at `ray status`, and "
+                "give the same command again to go on"
+            )
         return found
 
     def dismiss(self, worker, reason):
@@ -318,6 +334,9 @@ class Cluster:
         if worker not in self.hired:  # by an earlier one of its errors
             return []
         self.hired.remove(worker)
+        self.last_reason = reason
+        if not worker.ready:  # or workers that cannot start would be started without end
+            self.hire_from = time.monotonic() + 10
         with contextlib.suppress(Exception):
             self.ray.kill(worker.actor)
         print_warning(f"{worker.host}: a worker is replaced: {reason}")

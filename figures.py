@@ -119,7 +119,8 @@ def draw_scores(ax, scores, dice, groups):
         density, *edges = np.histogram2d(scores, dice, (350, 150))
         extent = edges[0][0], edges[0][-1], edges[1][0], edges[1][-1]
         grey = {"cmap": "Greys", "norm": "log", "vmin": 0.3}
-        ax.imshow(np.ma.masked_equal(density.T, 0), origin="lower", extent=extent, aspect="auto", **grey)
+        image = ax.imshow(np.ma.masked_equal(density.T, 0), origin="lower", extent=extent, aspect="auto", **grey)
+        image.sticky_edges.x.clear()  # or markers at the edges would be cut
     for group, selected in groups.items():
         label, color, marker = GROUPS[group]
         if len(selected):

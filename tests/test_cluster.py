@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -31,10 +32,19 @@ KILLS = 10 if os.environ.get("LONG") else 3
 
 def test_without_ray_a_sentence_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")  # undone at the end: it is set for `local`
     with pytest.raises(UserError, match=r"needs Ray: pip install -r requirements-cluster\.txt"), connected("local"):
         pass
     with connected(None) as nothing:
         assert nothing is None
+
+
+def test_a_cluster_that_is_not_there_is_an_error_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
+    for address in "127.0.0.1:1", "auto":
+        with pytest.raises(UserError, match=rf"--cluster {address}: no Ray cluster there"), connected(address):
+            pass
 
 
 @pytest.mark.parametrize("options", ["--worker-cores 2", "--cluster local --worker-cores 0"])
@@ -61,6 +71,7 @@ class Nodes:
     def __init__(self):
         from ray.cluster_utils import Cluster
 
+        os.environ["RAY_worker_niceness"] = "0"  # else other programs slow the tests down
         self.memory = {"object_store_memory": 80 * 2**20}
         self.ray = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **self.memory})
         self.nodes = [self.add(), self.add()]
@@ -68,10 +79,9 @@ class Nodes:
     def add(self):
         return self.ray.add_node(num_cpus=1, **self.memory)
 
-    def replace(self, place):
-        """Kill a node, as if its machine lost power, and add another one."""
-        self.ray.remove_node(self.nodes[place], allow_graceful=False)
-        self.nodes[place] = self.add()
+    def kill(self, place):
+        """Kill a node and its workers, as if its machine lost power."""
+        self.ray.remove_node(self.nodes.pop(place), allow_graceful=False)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +175,7 @@ def test_images_are_sent_where_the_data_file_is_another(score, workers, trainer,
 @pytest.mark.cluster
 def test_a_killed_and_a_frozen_worker_are_replaced(score, workers, monkeypatch, capsys):
     score()
-    monkeypatch.setattr(cluster, "SILENCE", 6)
+    monkeypatch.setattr(cluster, "SILENCE", 15)
     killed, *others = [process_of(workers, hired) for hired in workers.hired if hired.ready]
     threading.Timer(2, os.kill, [killed, signal.SIGKILL]).start()
     for frozen in others:
@@ -173,7 +183,7 @@ def test_a_killed_and_a_frozen_worker_are_replaced(score, workers, monkeypatch, 
     score()
     errors = capsys.readouterr().err
     assert "a worker is replaced: its process or its machine ended" in errors
-    assert "it gave no sign for 6 seconds" in errors or not others
+    assert "it gave no sign for 15 seconds" in errors or not others
 
 
 @needs_ray
@@ -182,12 +192,13 @@ def test_a_killed_and_a_frozen_worker_are_replaced(score, workers, monkeypatch, 
 def test_a_node_killed_at_a_random_moment_changes_nothing(score, nodes, kill):
     wait, place = random.uniform(0, 8), random.randrange(2)
     print(f"node {place} is killed after {wait:.2f} s")
-    killer = threading.Timer(wait, nodes.replace, [place])
+    killer = threading.Timer(wait, nodes.kill, [place])
     killer.start()
     started = time.monotonic()
     score()
     assert time.monotonic() - started < 240
     killer.join()
+    nodes.nodes.append(nodes.add())  # a machine that comes later is used by the next test
 
 
 @needs_ray
