@@ -71,7 +71,7 @@ class Nodes:
     def __init__(self):
         from ray.cluster_utils import Cluster
 
-        os.environ["RAY_worker_niceness"] = "0"  # else other programs slow the tests down
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (else other programs slow the tests down)
         self.memory = {"object_store_memory": 80 * 2**20}
         self.ray = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **self.memory})
         self.nodes = [self.add(), self.add()]
@@ -176,10 +176,17 @@ def test_images_are_sent_where_the_data_file_is_another(score, workers, trainer,
 def test_a_killed_and_a_frozen_worker_are_replaced(score, workers, monkeypatch, capsys):
     score()
     monkeypatch.setattr(cluster, "SILENCE", 15)
-    killed, *others = [process_of(workers, hired) for hired in workers.hired if hired.ready]
-    threading.Timer(2, os.kill, [killed, signal.SIGKILL]).start()
-    for frozen in others:
-        threading.Timer(2, os.kill, [frozen, signal.SIGSTOP]).start()
+    before = [hired for hired in workers.hired if hired.ready]
+    killed, *others = [process_of(workers, hired) for hired in before]
+
+    def strike():
+        while not all(hired.ready and hired.pieces for hired in before):
+            time.sleep(0.01)
+        os.kill(killed, signal.SIGKILL)
+        for frozen in others:
+            os.kill(frozen, signal.SIGSTOP)
+
+    threading.Thread(target=strike).start()
     score()
     errors = capsys.readouterr().err
     assert "a worker is replaced: its process or its machine ended" in errors
@@ -190,7 +197,8 @@ def test_a_killed_and_a_frozen_worker_are_replaced(score, workers, monkeypatch, 
 @pytest.mark.cluster
 @pytest.mark.parametrize("kill", range(KILLS))
 def test_a_node_killed_at_a_random_moment_changes_nothing(score, nodes, kill):
-    wait, place = random.uniform(0, 8), random.randrange(2)
+    anywhere = random.SystemRandom()  # pytest's plug-ins fix the seed of the other generators
+    wait, place = anywhere.uniform(0, 8), anywhere.randrange(2)
     print(f"node {place} is killed after {wait:.2f} s")
     killer = threading.Timer(wait, nodes.kill, [place])
     killer.start()
