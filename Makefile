@@ -1,4 +1,4 @@
-.PHONY: demo test test-all test-labelstudio faults gpu
+.PHONY: demo test test-all test-labelstudio test-cluster faults gpu
 .DELETE_ON_ERROR:
 
 PYTHON3 = python3
@@ -15,14 +15,17 @@ demo: .venv/installed-$(VERSION)  ## the whole program on synthetic lesions
 test: .venv/installed-dev-$(VERSION)  ## the tests but the slow ones
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PYTEST) -m "not slow and not labelstudio"
+	$(PYTEST) -m "not slow and not labelstudio and not cluster"
 
 test-all: test  ## then the slow ones: a process for each case
-	$(PYTEST) -m "slow and not labelstudio"
+	$(PYTEST) -m "slow and not labelstudio and not cluster"
 
 # Label Studio lives in an environment of its own, because it needs other versions of NumPy and many more packages.
 test-labelstudio: .venv/installed-dev-$(VERSION) .venv-labelstudio/installed-$(STUDIO)  ## a run with Label Studio and a browser
 	$(PYTHON) -m pytest tests/test_labelstudio_real.py -s -rs
+
+test-cluster: .venv/installed-cluster-$(VERSION)  ## several machines, played by this one: under 6 minutes; LONG=1: more
+	TF_NUM_INTRAOP_THREADS=1 LONG=$(LONG) $(PYTHON) -m pytest -m cluster tests/test_cluster.py
 
 faults: .venv/installed-dev-$(VERSION)  ## 100 kills of a run, and 100 of one that asks a person
 	KILLS=100 $(PYTHON) -m pytest tests/test_faults.py tests/test_oracle.py -s -k again_and_again
@@ -46,4 +49,8 @@ gpu: $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed-dev-$(VERSION))  
 .venv-labelstudio/installed-$(STUDIO):
 	$(PYTHON3) -m venv --clear .venv-labelstudio
 	.venv-labelstudio/bin/python -m pip install --quiet --disable-pip-version-check label-studio==$(STUDIO)
+	touch $@
+
+.venv/installed-cluster-$(VERSION): requirements-cluster.txt .venv/installed-dev-$(VERSION)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-cluster.txt
 	touch $@

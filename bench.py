@@ -2,6 +2,7 @@
 
     python bench.py                # the paper's network, 192x240, T = 20: about 10 minutes on 2 cores
     python bench.py --quick        # fewer repetitions: under 2 minutes
+    python bench.py --scale        # large pools, and workers of a Ray cluster: some 30 minutes
     python bench.py --preset quick --data datasets/isic2017_96x128.h5 --weights runs/NAME/iteration_09/model.weights.h5
 
 Functions that are compared run in turns (A B A B ...), and the table has medians, so that changes in the machine's
@@ -24,6 +25,7 @@ from scipy.stats import spearmanr
 import ceal
 import data
 import predict
+from bench_scale import SETTINGS, bench_scale
 from config import DEMO_SIZE, PRESETS, Config
 from devices import about_tensorflow, on_gpu, share_out, tensorflow_errors, tf, use_devices
 from run_folder import environment
@@ -460,7 +462,10 @@ def main():
         "--json", metavar="FILE", type=Path, help="also write the table and a description of the machine to this file"
     )
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller numbers")
+    parser.add_argument("--scale", action="store_true", help="measure large pools and a cluster's workers instead")
     args = parser.parse_args()
+    if args.scale and args.preset not in SETTINGS:
+        raise UserError(f"--scale --preset {args.preset}: give one of {', '.join(SETTINGS)}")
     if args.weights and not args.data:
         raise UserError("--weights needs --data, because half precision must be measured on real images: give both")
     use_devices()
@@ -478,7 +483,7 @@ def main():
     if on_gpu():
         config.batch_size, config.precision = 32, "bfloat16"
     with tempfile.TemporaryDirectory() as folder, tensorflow_errors():
-        rows = measure(args, config, Path(folder))
+        rows = bench_scale(row, args.preset, args.quick) if args.scale else measure(args, config, Path(folder))
     if args.json:
         with whole_file(args.json) as partial:
             partial.write_text(json.dumps({"machine": about, "table": rows}, indent=2) + "\n")

@@ -96,13 +96,13 @@ def select_queries(scores, rng, no_detection=10, most_uncertain=10, random=15, r
 
     last = sorted(range(BINS - UNCERTAIN_BINS, BINS), key=lambda b: (counts[b], -b))
     bin_count = np.searchsorted(np.cumsum(counts[last]), most_uncertain) + 1
-    free = np.setdiff1d(np.flatnonzero(np.isin(bins, last[:bin_count])), groups["no_detection"])
+    free = without(np.flatnonzero(np.isin(bins, last[:bin_count])), groups["no_detection"])
     uncertain_range = edges[BINS - UNCERTAIN_BINS], edges[BINS]
     groups["most_uncertain"] = draw(free, most_uncertain, uncertain_range, scores, groups["no_detection"], rng)
 
     selected = np.concatenate(list(groups.values()))
     low, high = random_range(counts, edges)
-    free = np.setdiff1d(np.flatnonzero((scores >= low) & (scores < high)), selected)
+    free = without(np.flatnonzero((scores >= low) & (scores < high)), selected)
     groups["random"] = draw(free, random, sorted((low, high)), scores, selected, rng)
     return groups
 
@@ -122,7 +122,7 @@ def select_pseudo_labels(scores, rng, count, exclude=()):
     scores, bins, counts, edges = histogram(scores)
     mode = np.argmax(counts)
     exclude = np.asarray(exclude, int)
-    free = np.setdiff1d(np.flatnonzero(bins == mode), exclude)
+    free = without(np.flatnonzero(bins == mode), exclude)
     return draw(free, count, (edges[mode], edges[mode + 1]), scores, exclude, rng)
 
 
@@ -147,13 +147,18 @@ def histogram(scores):
     return scores, np.minimum(bins, BINS - 1), counts, edges  # the last bin includes its upper edge
 
 
+def without(positions, removed):
+    """The positions that are not among `removed`, in their order. Much faster than np.setdiff1d, which sorts."""
+    return positions[~np.isin(positions, removed)]
+
+
 def draw(free, count, score_range, scores, taken, rng):
     """Draw `count` of the positions `free` at random. If they are too few: all of them, and those positions, neither
     free nor taken, whose scores are closest to `score_range` (low, high)."""
     if len(free) >= count:
         return rng.choice(free, count, replace=False)
     low, high = score_range
-    rest = np.setdiff1d(np.arange(len(scores)), np.concatenate([free, taken]))
+    rest = without(np.arange(len(scores)), np.concatenate([free, taken]))
     distance = np.maximum(low - scores[rest], 0) + np.maximum(scores[rest] - high, 0)
     nearest = rest[np.lexsort((rng.random(len(rest)), distance))]
     return np.concatenate([free, nearest[: count - len(free)]])
@@ -172,8 +177,8 @@ class Pool:
 
     def __init__(self, labelled, masks, unlabelled, test):
         """labelled, unlabelled, test: positions; masks: uint8 0/1 (len(labelled), H, W)."""
-        everything = np.concatenate([labelled, unlabelled, test])
-        if len(np.unique(everything)) < len(everything):
+        everything = np.sort(np.concatenate([labelled, unlabelled, test]))
+        if (everything[1:] == everything[:-1]).any():
             raise ValueError("an image is in two of labelled, unlabelled and test")
         self._set_unlabelled(np.sort(unlabelled))
         self.test = np.sort(test)
@@ -198,13 +203,13 @@ class Pool:
         """Take the oracle's masks for these positions; they leave the pool."""
         self._require_unlabelled(positions)
         self._masks.update(zip(map(int, positions), masks, strict=True))
-        self._set_unlabelled(np.setdiff1d(self.unlabelled, positions))
+        self._set_unlabelled(without(self.unlabelled, positions))
 
     def reject(self, positions):
         """Remove these positions from the pool without a mask."""
         self._require_unlabelled(positions)
         self._rejected.update(map(int, positions))
-        self._set_unlabelled(np.setdiff1d(self.unlabelled, positions))
+        self._set_unlabelled(without(self.unlabelled, positions))
 
     def correct(self, positions, masks, rejected=()):
         """Take other answers for labelled or rejected images: masks for `positions`, and the images now `rejected`. A
@@ -231,6 +236,6 @@ class Pool:
         return positions, labels
 
     def _require_unlabelled(self, positions):
-        foreign = np.setdiff1d(positions, self.unlabelled)
+        foreign = np.unique(without(np.asarray(positions, int), self.unlabelled))
         if len(foreign) or len(np.unique(positions)) < len(positions):
             raise ValueError(f"not in the pool, or named twice: {foreign.tolist() or list(positions)}")

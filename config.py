@@ -215,16 +215,38 @@ def argument_parser(description=None):
     parser.add_argument("--force", action="store_true", help="start again; an existing run of this name is moved aside")
     for name, help in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"with --oracle folder or labelstudio: {help}")
+    add_cluster_options(parser)
     return parser
 
 
+def add_cluster_options(parser):
+    """Add --cluster and --worker-cores, which are not stored as settings either."""
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="score the pool on a Ray cluster: auto (the one of this machine), an address, or local (start one here)",
+    )
+    parser.add_argument(
+        "--worker-cores", type=int, default=1, metavar="N", help="with --cluster, without GPUs: cores of a worker (1)"
+    )
+
+
+def cluster_options(given):
+    """Take the two options out of a dict of options: (address or None, cores). Raises UserError if they are wrong."""
+    address, count = given.pop("cluster"), given.pop("worker_cores")
+    if count < 1 or (count > 1 and address is None):
+        raise UserError(f"--worker-cores {count}: give at least 1, and --cluster with it")
+    return address, count
+
+
 def read_command_line(arguments=None, description=None):
-    """Returns the settings, a checked Config, and which of SWITCHES are given, a dict of bool.
+    """Returns the settings, a checked Config; which of SWITCHES are given, a dict of bool; and `cluster_options`.
 
     An existing run keeps its settings; a new run has those of its preset and the given options. With --force an
     existing run is moved aside. Raises UserError for invalid settings."""
     given = vars(argument_parser(description).parse_args(arguments))
     switches, steps = {name: given.pop(name) for name in SWITCHES}, given.pop("final_steps")
+    cluster = cluster_options(given)
     force, run = given.pop("force"), Path(given.get("run", "auto"))
     if (run / "config.json").exists() and not force:
         config = stored_config(run, given)
@@ -251,7 +273,7 @@ def read_command_line(arguments=None, description=None):
         with locked(run):
             run.rename(aside)
         print(f"moved {run} to {aside}")
-    return config, {**switches, "final_steps": steps}
+    return config, {**switches, "final_steps": steps}, cluster
 
 
 def read_config(arguments=None):

@@ -23,6 +23,7 @@ GROUPS = {
     "pseudo": ("pseudo-label", "#009e73", "o"),
     "audit": ("audit", "#cc79a7", "D"),
 }
+MOST_POINTS = 50_000  # of a scatter plot
 
 
 def new_figure(**options):
@@ -113,7 +114,14 @@ def figure_scores(scores, dice, groups, counts, edges, path):
 
 def draw_scores(ax, scores, dice, groups):
     """Draw score against Dice, (N,) each, the selected images in colour. groups: as in `figure_scores`."""
-    ax.scatter(scores, dice, s=6, color="0.75")
+    if len(scores) <= MOST_POINTS:
+        ax.scatter(scores, dice, s=6, color="0.75")
+    else:  # as density, because a million points take minutes and hide each other
+        density, *edges = np.histogram2d(scores, dice, (350, 150))
+        extent = edges[0][0], edges[0][-1], edges[1][0], edges[1][-1]
+        grey = {"cmap": "Greys", "norm": "log", "vmin": 0.3}
+        image = ax.imshow(np.ma.masked_equal(density.T, 0), origin="lower", extent=extent, aspect="auto", **grey)
+        image.sticky_edges.x.clear()  # or markers at the edges would be cut
     for group, selected in groups.items():
         label, color, marker = GROUPS[group]
         if len(selected):

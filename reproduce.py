@@ -202,6 +202,8 @@ def main():
     for option in rest:
         if option.partition("=")[0] in ("--run", "--seed", "--force"):
             raise UserError(f"{option}: each run has its own; leave it out, and use --out and --seeds")
+        if option.partition("=")[0] in ("--cluster", "--worker-cores"):
+            raise UserError(f"{option}: only for train.py; here use --jobs, or --only in a job array")
     base, regimes = read_config(rest), args.regimes.split(",")
     arms, seeds = args.arms.split(","), range(1, args.seeds + 1)
     if args.only:

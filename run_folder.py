@@ -4,6 +4,7 @@ Nothing here knows how a network is trained.
 """
 
 import contextlib
+import csv
 import dataclasses
 import errno
 import fcntl
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data import normalisation
 from figures import GROUPS, figure_history
 from utils import (
     NOT_SUPPORTED,
@@ -44,17 +46,19 @@ PACKAGES = ["keras", "numpy", "scipy", "scikit-image", "pillow", "h5py", "matplo
 # ---------------------------------------------------------------------------------------------- settings and provenance
 
 
-def begin(config, dataset, run, tensorflow):
+def begin(config, dataset, run, tensorflow, positions):
     """Write config.json and environment.json. If an earlier start wrote them, check that the data are the same, and
-    store another batch size. Returns what environment.json holds.
+    store another batch size. Returns what environment.json holds, with the `normalisation` of these positions.
 
-    tensorflow: a dict that is added to environment.json. Raises UserError for other data or a damaged file."""
-    fingerprint, path = dataset.fingerprint(), run / "environment.json"
+    tensorflow: a dict that is added to environment.json. The data file is read only if its stamp is not the one in
+    environment.json. Raises UserError for other data or a damaged file."""
+    path = run / "environment.json"
     if (run / "config.json").exists():
         try:
             stored = json.loads(path.read_text())
-            same = stored["data_fingerprint"] == fingerprint
-        except (OSError, KeyError, ValueError, TypeError) as error:
+            fingerprint, stamp = stored["data_fingerprint"], stored.get("data_stamp")
+            same = stamp == dataset.stamp() or fingerprint == dataset.fingerprint()
+        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not as train.py wrote it ({error}); restore it, or give another --run")
         if not same:
             raise UserError(
@@ -62,8 +66,11 @@ def begin(config, dataset, run, tensorflow):
                 "another --run"
             )
         change_settings(config, run)
+        if "normalisation" not in stored:  # of an earlier version
+            stored["normalisation"] = normalisation(dataset, positions)
         return stored
-    about = {**environment(tensorflow), "data_fingerprint": fingerprint}
+    data = {"data_fingerprint": dataset.fingerprint(), "data_stamp": dataset.stamp()}
+    about = {**environment(tensorflow), **data, "normalisation": normalisation(dataset, positions)}
     write_json(path, about)
     write_json(run / "config.json", dataclasses.asdict(config))
     return about
@@ -149,10 +156,13 @@ def write_queries(ids, groups, folder):
 def read_queries(folder, iteration, dataset):
     """Read queries.csv: a dict of group to positions in the data set. The file may be missing before the first
     training. Raises KeyError, ValueError or OSError if it is damaged."""
-    positions, groups = {id: position for position, id in enumerate(dataset.ids)}, {}
+    groups = {}
     if iteration == 0 and not (folder / "queries.csv").exists():
         return groups
-    for row in read_csv(folder / "queries.csv"):
+    rows = read_csv(folder / "queries.csv")
+    selected = {row["id"] for row in rows}
+    positions = {id: position for position, id in enumerate(dataset.ids) if id in selected}
+    for row in rows:
         if row["group"] not in (INITIAL, *GROUPS):
             raise ValueError(f"unknown group {row['group']}")
         groups.setdefault(row["group"], []).append(positions[row["id"]])
@@ -178,13 +188,32 @@ def read_last_selection(run, iterations):
 
 def read_selection(folder):
     """A scored selection: the ids of the pool's images, and their (scores, dice, groups) for figures.figure_scores."""
-    rows = read_csv(folder / "scores.csv")
-    place, groups = {row["id"]: n for n, row in enumerate(rows)}, {group: [] for group in GROUPS}
+    ids, scores, dice = read_scores(folder / "scores.csv")
+    place, groups = {id: n for n, id in enumerate(ids)}, {group: [] for group in GROUPS}
     for row in read_csv(folder / "queries.csv"):
         if row["id"] in place:
             groups[row["group"]].append(place[row["id"]])
-    scores, dice = (np.array([float(row[name] or "nan") for row in rows]) for name in ("uncertainty", "dice"))
-    return list(place), scores, dice, {group: np.array(selected, int) for group, selected in groups.items()}
+    return ids, scores, dice, {group: np.array(selected, int) for group, selected in groups.items()}
+
+
+def write_scores(ids, scores, dice, folder):
+    """Write scores.csv. ids: str (n,); scores, dice: float64 (n,), NaN without a true mask."""
+    # Lists, because csv writes Python's floats ten times as fast as NumPy's, and the same.
+    rows = zip(ids.tolist(), scores.tolist(), (value if value == value else "" for value in dice.tolist()))
+    write_csv(folder / "scores.csv", ["id", "uncertainty", "dice"], rows)
+
+
+def read_scores(path):
+    """Read scores.csv, ten times as fast as `read_csv`: a list of ids, and scores and Dice, float64 (n,)."""
+    ids, numbers = [], []
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = csv.reader(file)
+        next(rows)
+        for id, score, dice in rows:
+            ids.append(id)
+            numbers.append((float(score or "nan"), float(dice or "nan")))
+    scores, dice = np.array(numbers).reshape(-1, 2).T
+    return ids, scores, dice
 
 
 def history_row(iteration, annotations, pseudo_labels, metrics, seconds_scoring, seconds_training):

@@ -17,8 +17,9 @@ import numpy as np
 
 import ceal
 from audit import draw_audit
+from cluster import connected
 from config import DEMO_SIZE, read_command_line
-from data import Dataset, draw_row, hold_out, normalisation, split, write_dataset
+from data import Dataset, draw_row, hold_out, split, write_dataset
 from oracle import Unanswered, find_oracle
 from process import outlasting_output, stopped_at_once
 from quality import Quality, sentence, write_quality
@@ -34,6 +35,7 @@ from run_folder import (
     read_queries,
     write_history,
     write_queries,
+    write_scores,
 )
 from strategies import STRATEGIES
 from utils import UserError, derived_seed, read_csv, run_command, whole_folder, write_csv
@@ -135,8 +137,7 @@ def query(trainer, pool, oracle, iteration, folder):
     ids = trainer.dataset.ids[candidates]
     write_queries(ids, groups, folder)
     if scored:
-        rows = zip(ids, scores, ("" if np.isnan(value) else value for value in dice))
-        write_csv(folder / "scores.csv", ["id", "uncertainty", "dice"], rows)
+        write_scores(ids, scores, dice, folder)
 
 
 def ask(trainer, pool, oracle, iteration, selection):
@@ -161,7 +162,7 @@ def annotate(pool, oracle, iteration, groups):
     `read_queries` returns them. Returns the positions to pseudo-label, without those answered in the meantime."""
     asked = [position for group, positions in groups.items() if group != "pseudo" for position in positions]
     answers = oracle.answers(iteration, np.array(asked, int))
-    in_pool = [*pool.unlabelled, *asked]
+    in_pool = np.concatenate([pool.unlabelled, np.array(asked, int)])
     drawn, rejected = np.isin(answers.positions, in_pool), np.isin(answers.rejected, in_pool)
     pool.annotate(answers.positions[drawn], answers.masks[drawn])
     pool.reject(answers.rejected[rejected])
@@ -189,7 +190,7 @@ def run_iteration(trainer, pool, pseudo, iteration, selection, folder):
     return row
 
 
-def final_network(config, dataset, normalisation, parts, oracle, steps, memory):
+def final_network(config, dataset, about, parts, oracle, steps):
     """What --final-steps does: a network trained anew on all accepted annotations of the run."""
     from final import train_final
 
@@ -199,7 +200,7 @@ def final_network(config, dataset, normalisation, parts, oracle, steps, memory):
     if not history:
         raise UserError(f"--final-steps: {run} has no finished iteration yet; run it first without --final-steps")
     annotate(pool, oracle, len(history), {})  # those that came since
-    train_final(config, dataset, normalisation, pool, len(history) - 1, steps, memory)
+    train_final(config, dataset, about["normalisation"], pool, len(history) - 1, steps, about.get("gpu_memory"))
     return 2 if oracle.refused else 0
 
 
@@ -325,7 +326,7 @@ def print_end(history, run):
 @outlasting_output()
 def main():
     """The command line."""
-    config, switches = read_command_line(description=__doc__)
+    config, switches, where = read_command_line(description=__doc__)
     run = Path(config.run)
     if run.exists() and not (run / "config.json").exists() and not (run.is_dir() and only_ours(run)):
         raise UserError(f"{run} exists already and is not a run: give another --run, or move it away")
@@ -334,7 +335,7 @@ def main():
     def advise():
         return go_on if (run / "config.json").exists() else "nothing has been started yet; give the same command again"
 
-    with locked(run), stopped_at_once(advise):
+    with locked(run), connected(*where) as cluster, stopped_at_once(advise):
         # Here, because TensorFlow takes seconds to import.
         from devices import about_tensorflow, tensorflow_errors
         from trainer import Trainer, prepare
@@ -347,14 +348,14 @@ def main():
             parts = hold_out(parts, dataset, config.validation, config.split_seed)
             oracle = find_oracle(config, dataset, parts, run, switches)
             print_plan(config, dataset, parts)
-            about = begin(config, dataset, run, about_tensorflow())
-            mean, std = normalisation(dataset, np.concatenate([parts.initial, parts.pool]))
+            about = begin(config, dataset, run, about_tensorflow(), np.concatenate([parts.initial, parts.pool]))
             if steps := switches["final_steps"]:
                 with tensorflow_errors():
-                    return final_network(config, dataset, (mean, std), parts, oracle, steps, about.get("gpu_memory"))
+                    return final_network(config, dataset, about, parts, oracle, steps)
             try:
                 with tensorflow_errors():
-                    trainer = Trainer(config, dataset, mean, std, about.get("gpu_memory"))
+                    trainer = Trainer(config, dataset, *about["normalisation"], about.get("gpu_memory"))
+                    trainer.cluster = cluster
                     history = run_loop(trainer, parts, run, oracle)
             except Unanswered as waiting:
                 print(f"the run so far: {run}/report.html")

@@ -147,6 +147,8 @@ def images_at_a_time(memory, height, width, filters):
 class Trainer:
     """The network of a run with its Dataset and the normalisation, mean and std: a float per channel each."""
 
+    cluster = None  # a cluster.Cluster that scores the pool in place of this process
+
     def __init__(self, config, dataset, mean, std, memory=None, folder=None):
         """memory: bytes of the GPU on which the run began, so that it goes on elsewhere in batches of the same size;
         folder: for what is unfinished, by default the run's."""
@@ -259,8 +261,26 @@ class Trainer:
         """Score and Dice of each unlabelled image of the ceal.Pool: float64 (n,) each, in the order of
         `pool.unlabelled`. Both use the mean of the passes as prediction. The Dice is NaN if there is no mask.
 
-        Threads read images and compute scores while the network works on another chunk. record: a file that takes the
-        results of each chunk, so that an interrupted scoring continues."""
+        record: a file that takes the results of each chunk, so that an interrupted scoring continues."""
+        done = read_record(record, iteration)
+        # Recorded chunks may have another size, if the number of devices has changed.
+        chunks = in_chunks(pool.unlabelled[sum(len(scores) for scores, _ in done) :], self.chunk)
+        if self.cluster:
+            found = self.cluster.rate(self, chunks, iteration)
+        else:
+            total = sum(-(-len(chunk) // 16) for chunk in chunks)
+            found = track(self.rate(chunks, iteration), f"iteration {iteration}: scoring the pool", total)
+        for rated in found:
+            done.append(rated)
+            if record:
+                with naming(record), open(record, "a") as file:
+                    file.write(json.dumps([iteration, *rated]) + "\n")
+        scores, dice = (np.concatenate(values) for values in zip(*done))
+        return scores, dice
+
+    def rate(self, chunks, iteration):
+        """Yield the scores and the Dice, two lists, of each 16 images of the chunks, in order. chunks: a list of
+        positions. Threads read images and compute scores while the network works on another chunk."""
 
         def read(positions):
             return positions, self.dataset.images(positions)
@@ -271,20 +291,10 @@ class Trainer:
             dice = segmentation_metrics(self.dataset.masks(positions), mean > 0.5)["dice"]
             return scores, np.where(self.dataset.has_mask[positions], dice, np.nan).tolist()
 
-        done = read_record(record, iteration)
-        # Recorded chunks may have another size, if the number of devices has changed.
-        chunks = in_chunks(pool.unlabelled[sum(len(scores) for scores, _ in done) :], self.chunk)
         pictures = map_in_order(read, chunks, workers=1)
         maps = ((positions, *self.uncertainty(positions, iteration, images)) for positions, images in pictures)
         parts = (part for whole in maps for part in zip(*(in_chunks(values, 16) for values in whole)))
-        total = sum(-(-len(chunk) // 16) for chunk in chunks)
-        for rated in track(map_in_order(rate, parts), f"iteration {iteration}: scoring the pool", total):
-            done.append(rated)
-            if record:
-                with naming(record), open(record, "a") as file:
-                    file.write(json.dumps([iteration, *rated]) + "\n")
-        scores, dice = (np.concatenate(values) for values in zip(*done))
-        return scores, dice
+        yield from map_in_order(rate, parts)
 
     def save(self, path):
         """Write the weights and the settings that they need to `path`."""

@@ -7,6 +7,7 @@ import pytest
 from conftest import write_blobs
 
 import bench
+from bench_scale import in_process
 from unet import build_unet
 
 
@@ -65,3 +66,10 @@ def test_peak_memory_is_the_scripts_own(tmp_path, monkeypatch):
     assert ballast.sum() > 0
     with pytest.raises(bench.UserError, match=r"wrong\.py failed: no such thing"):
         bench.peak_memory("wrong.py")
+
+
+@pytest.mark.slow
+def test_a_pool_of_a_million_takes_a_minute_and_3_gb_at_most():
+    (seconds,), memory = in_process("bookkeeping", 1_000_000)
+    assert seconds < 60
+    assert memory < 3e9

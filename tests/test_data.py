@@ -899,3 +899,16 @@ def test_the_same_content_has_the_same_fingerprint_wherever_and_whenever_it_is_w
         file["masks"][2, 4, 4] = 1 - file["masks"][2, 4, 4]
     with data.Dataset(again) as dataset:
         assert dataset.fingerprint() != expected
+
+
+@pytest.mark.parametrize(
+    "positions", [[], [3], [0, 1, 2, 3], [5, 4, 3], [2, 2, 3, 3, 4], [9, 0, 1, 7, 8, 2], range(10)]
+)
+def test_images_come_in_the_order_of_the_positions(tmp_path, positions):
+    write_blobs(tmp_path / "x.h5", 10, 16, 32)
+    with h5py.File(tmp_path / "x.h5") as file:
+        images, masks = file["images"][:], file["masks"][:]
+    with data.Dataset(tmp_path / "x.h5") as dataset:
+        for given in positions, np.array(positions, int):
+            np.testing.assert_array_equal(dataset.images(given), images[list(positions)], strict=True)
+            np.testing.assert_array_equal(dataset.masks(given), masks[list(positions)], strict=True)

@@ -1,0 +1,131 @@
+"""Large pools, and the workers of a cluster, on this machine: the rows of `python bench.py --scale`.
+
+Each measurement is a process of its own, so that its peak memory and its cores are its own. Hours on many machines are
+computed from the measured rate, and named so.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import ceal
+import data
+from figures import figure_scores
+from run_folder import read_queries, read_selection, write_queries, write_scores
+from utils import UserError, run_command
+
+SETTINGS = {"paper": (192, 240, 1), "demo": (64, 80, 1)}  # presets that can be measured, and their images' size
+
+
+class MadePool:
+    """Stands in for a data.Dataset: only the ids of `count` images."""
+
+    def __init__(self, count):
+        self.ids = np.array([f"MADE_{n:09d}" for n in range(count)], object)
+
+
+def bookkeeping(count, folder):
+    """Do all that an iteration does with a pool of `count` images beside the network: the selection of queries and
+    pseudo-labels, the csv files, reading them back, annotations, the figure. Scores and Dice are made."""
+    dataset, rng = MadePool(count), np.random.default_rng(1)
+    scores, dice = rng.gamma(2, 20, count), rng.random(count)
+    pool = ceal.Pool([], [], np.arange(count), [])
+    groups = ceal.select_queries(scores, rng)
+    queried = np.concatenate(list(groups.values()))
+    groups["pseudo"] = ceal.select_pseudo_labels(scores, rng, 100, queried)
+    write_queries(dataset.ids, groups, folder)
+    write_scores(dataset.ids, scores, dice, folder)
+    if read_queries(folder, 1, dataset) != {name: list(positions) for name, positions in groups.items()}:
+        raise UserError(f"{folder}/queries.csv reads back differently")
+    pool.annotate(queried, np.zeros((len(queried), 2, 2), np.uint8))
+    _, *selection = read_selection(folder)
+    figure_scores(*selection, *ceal.histogram(selection[0])[2:], folder / "scores.png")
+
+
+def scoring(preset, count, workers, folder):
+    """Score `count` drawn images in this process on one core, then on so many workers of one core each; without
+    workers only in this process. Returns the seconds of both. Raises UserError if the scores differ."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: max(workers, 1)])
+    from cluster import connected
+    from config import PRESETS, Config
+    from trainer import Trainer, prepare
+
+    drawn = [data.draw_row(n, 1, *SETTINGS[preset]) for n in range(16)]
+    rows = (drawn[n % 16]._replace(id=f"MADE_{n:09d}") for n in range(count))
+    data.write_dataset(folder / "images.h5", rows, count, *SETTINGS[preset], "synthetic lesions")
+    config, seconds, scores = Config(**{**PRESETS[preset], "run": str(folder / "run")}), [], []
+    with data.Dataset(folder / "images.h5") as dataset, connected("local" if workers else None) as cluster:
+        prepare(config)
+        trainer = Trainer(config, dataset, [128.0] * dataset.channels, [50.0] * dataset.channels)
+        for trainer.cluster in (None, cluster) if cluster else (None,):
+            trainer.score(ceal.Pool([], [], np.arange(16 * max(workers, 1) * 2), []), 1)  # until all are up
+            started = time.monotonic()
+            scores.append(trainer.score(ceal.Pool([], [], np.arange(count), []), 1)[0])
+            seconds.append(time.monotonic() - started)
+    if (scores[0] != scores[-1]).any():
+        raise UserError("the workers' scores differ from those of one process")
+    return seconds
+
+
+def in_process(*arguments):
+    """Run a function of this file in a process of its own. Returns its seconds and its peak memory in bytes."""
+    variables = {**os.environ, "TF_NUM_INTRAOP_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+    command = [sys.executable, __file__, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=variables)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def bench_scale(row, preset, quick):
+    """Measure all rows, in order. row: bench.row. preset: a key of SETTINGS. Returns the rows, a list of dict."""
+    rows = []
+    for count in (100_000, 1_000_000) if quick else (1_000_000, 10_000_000):
+        (seconds,), memory = in_process("bookkeeping", count)
+        targets = ("60 s", "3 GB") if count == 1_000_000 else ("", "")
+        rows.append(row(f"bookkeeping of a pool of {count:,}", seconds, "s", targets[0]))
+        rows.append(row("... memory", memory / 1e9, "GB", targets[1]))
+    few = 300 if quick else 2000
+    (_, memory), (_, larger) = (in_process("scoring", "demo", count, 2) for count in (few, 10 * few))
+    rows.append(
+        row(f"driver's memory, a pool of {10 * few:,} against {few:,}", larger / memory, "times", "at most 1.1")
+    )
+    count = 64 if quick else 512
+    ((alone, one), _), ((_, two), _) = (in_process("scoring", preset, count, workers) for workers in (1, 2))
+    return [
+        *rows,
+        row(f"one worker against one process, same core, {count} images", 100 * alone / one, "%", "95 %"),
+        row("two workers of one core against one", one / two, "times", "1.8"),
+        row("two workers, a second", count / two, "images"),
+        *(
+            row(f"computed from that: {images:,} images on {machines} such machines", images / many, "hours")
+            for images in (10**6, 10**7)
+            for machines in (1, 8, 64)
+            for many in [count / two * machines * 3600]
+        ),
+    ]
+
+
+def main():
+    """What `in_process` starts."""
+    name, *arguments = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.monotonic()
+        if name == "bookkeeping":
+            bookkeeping(int(arguments[0]), Path(folder))
+            seconds = [time.monotonic() - started]
+        else:
+            seconds = scoring(arguments[0], *map(int, arguments[1:]), Path(folder))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1000)
+    print(json.dumps([seconds, memory]))
+
+
+if __name__ == "__main__":
+    run_command(main)
