@@ -98,7 +98,7 @@ def make_page(run, dataset, done=False):
         quality=quality,
         groups=[(group, NAMES[group]) for group in COMPARED],
         state=state(config, history, waiting, done),
-        next=what_next(run, history, waiting, done),
+        next=what_next(run, history, waiting, done, config),
         waiting=waiting,
         changes=changes(history, quality, answers),
         stable=STABLE,
@@ -126,12 +126,14 @@ def state(config, history, waiting, done):
     return f"{begun} The run goes on by itself."
 
 
-def what_next(run, history, waiting, done):
+def what_next(run, history, waiting, done, config):
     """What to do next: a sentence and a command."""
     command = f"python train.py --run {shlex.quote(str(run))}"
     if done:
         weights = shlex.quote(str(run / f"iteration_{len(history) - 1:02d}" / "model.weights.h5"))
         return "Masks for your own images:", f"python predict.py IMAGES --weights {weights} --out masks"
+    if waiting and config["oracle"] == "labelstudio":
+        return f"Answer the tasks in Label Studio at {config['labelstudio']}, then run:", command
     if waiting:
         return f"Draw the missing masks in {waiting['folder']}, as README.txt there explains, then run:", command
     return "Nothing. If the run was interrupted, this continues it:", command
