@@ -70,3 +70,46 @@ def test_a_venv_of_an_older_makefile_is_kept(make, tmp_path):
     (tmp_path / ".venv" / "mine").touch()
     assert make("3.11").returncode == 0
     assert (tmp_path / ".venv" / "mine").exists()
+
+
+# Stands in for Python in tests/gpu.sh: logs what it is asked to do; bench.py fails; train.py writes a run.
+GPU_PYTHON = """#!/bin/sh
+echo "$@" >> log
+case "$1" in
+bench.py) echo "no memory"; exit 2;;
+train.py) mkdir -p gpu/run/iteration_00
+    printf 'iteration,seconds_scoring,seconds_training\\n0,0.0,5.0\\n1,2.0,3.0\\n' > gpu/run/history.csv
+    echo weights > gpu/run/iteration_00/model.weights.h5; echo figure > gpu/run/dice.png;;
+esac
+"""
+
+
+@pytest.mark.parametrize("dry", ["", "1"])
+def test_make_gpu_does_all_parts_and_packs_what_is_small(tmp_path, dry):
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "gpu.sh", tmp_path / "tests")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    python = tmp_path / "python"
+    python.write_text(GPU_PYTHON)
+    python.chmod(0o755)
+    command = ["make", "gpu", f"PYTHON={python}", f"DRY={dry}", "ISIC=my_pictures"]
+    environment = {**os.environ, "MAKEFLAGS": "", "MAKELEVEL": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2
+    assert "failed: bench\n" in done.stdout
+    assert "no memory" in done.stdout
+    assert "of the run: 2 s scoring, 8 s training" in done.stdout
+    log = (tmp_path / "log").read_text().splitlines()
+    made = ["data.py isic my_pictures datasets/isic2017.h5"]
+    assert log[: len(log) - 3] == ([] if dry else made)
+    assert [line.split()[:3] for line in log[-3:]] == [
+        ["-m", "pytest", "tests/test_gpu.py"],
+        ["bench.py", "--quick", "--preset" if dry else "--json"],
+        ["train.py", "--preset", "demo" if dry else "tuned"],
+    ]
+    packed = subprocess.run(["tar", "-tzf", "gpu.tar.gz"], capture_output=True, text=True, cwd=tmp_path).stdout
+    assert "gpu/run/history.csv" in packed
+    assert "gpu/run/dice.png" in packed
+    assert "gpu/bench.log" in packed
+    assert "weights" not in packed
+    assert not (tmp_path / ".venv").exists()
