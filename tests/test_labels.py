@@ -14,6 +14,7 @@ from data import Dataset, split
 from experiment import Run, configure
 from utils import UserError, read_csv
 
+pytestmark = pytest.mark.slow  # two arms of two runs are done first
 TINY = "--filters 2 --batch-size 4 --passes 2 --initial 12 --pool 30 --test 10 --initial-steps 3 --active-steps 2"
 QUERIES = "--no-detection 2 --most-uncertain 2 --random 2 --pseudo-start 1 --pseudo-first 4 --iterations 3"
 
