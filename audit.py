@@ -6,9 +6,6 @@ Nothing here knows networks or people.
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import isotonic_regression
-from scipy.stats import rankdata
-from scipy.stats import t as student
 
 import ceal
 from run_folder import read_selection
@@ -39,6 +36,8 @@ def estimate_pool_dice(pools):
     a known chance. These are the group `audit`, drawn uniformly from the pool, and the group `random`, drawn uniformly
     from a range of scores: so the errors are averaged within this range and outside of it, and then over both by their
     shares of the pool. The variance of the errors in each of these strata is that of all iterations after the first."""
+    from scipy.stats import rankdata  # here, because it takes half a second to import
+
     known, spread, result = [], ([], [], []), None
     for pool in pools:
         ranks = rankdata(pool.scores) / len(pool.scores)
@@ -59,6 +58,8 @@ def predict_dice(ranks, known):
     known: a list of ranks, Dice, ranks, Dice, ... Without any, the prediction is 0."""
     if not known or not len(at := np.concatenate(known[::2])):
         return np.zeros(len(ranks))
+    from scipy.optimize import isotonic_regression  # here, as above
+
     order = np.argsort(at, kind="stable")
     fitted = isotonic_regression(np.concatenate(known[1::2])[order], increasing=False).x
     return np.interp(ranks, at[order], fitted)
@@ -81,6 +82,8 @@ def audited_errors(pool, predicted):
 def add_up(predicted, strata, size):
     """The difference estimate and its interval. strata: tuples of (share, errors, deviations of the errors from their
     mean in several iterations); size: of the pool."""
+    from scipy.stats import t as student  # here, as above
+
     estimate, variance, freedom = predicted, 0.0, []
     for share, errors, deviations in strata:
         if not share:

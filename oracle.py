@@ -17,7 +17,6 @@ from PIL import Image
 
 from annotations import Answers, PersonOracle, Submitted, Unanswered, same
 from answers import NO_PROPOSALS, PROPOSALS, README, draw_overlay, read_answers, write_table
-from labelstudio import LabelStudioOracle
 from pictures import open_mask, open_picture, orientation, other_way, resize_map, shrink_mask
 from utils import UserError, print_warning, read_csv, segmentation_metrics, whole_folder
 
@@ -49,6 +48,8 @@ def find_oracle(config, dataset, parts, run, switches):
     if config.oracle == "folder":
         return FolderOracle(run, dataset, last=config.iterations, **switches)
     if config.oracle == "labelstudio":
+        from labelstudio import LabelStudioOracle  # here, because its library takes time to import
+
         return LabelStudioOracle(run, dataset, config.iterations, config.labelstudio, **switches)
     needed = np.concatenate([parts.initial, parts.pool])
     missing = needed[~dataset.has_mask[needed]]

@@ -14,7 +14,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion
@@ -74,6 +73,8 @@ class Page:
 @functools.cache  # compiling takes longer than filling in
 def template():
     """The page's Jinja template."""
+    import jinja2  # here, so that --help appears at once
+
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, **options)
