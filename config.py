@@ -185,6 +185,7 @@ SWITCHES = {
     "partial": "continue with the answers received so far",
     "correct": "accept changes of answers that are in use already; they count from the next iteration on",
 }
+OTHER_SWITCHES = "final_steps", "tensorboard"
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
@@ -211,6 +212,11 @@ def argument_parser(description=None):
         type=int,
         metavar="N",
         help="train a network anew for N steps on all annotations of an existing run, into RUN/final",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write events for TensorBoard to RUN/tensorboard",
     )
     parser.add_argument("--force", action="store_true", help="start again; an existing run of this name is moved aside")
     for name, help in SWITCHES.items():
@@ -240,12 +246,13 @@ def cluster_options(given):
 
 
 def read_command_line(arguments=None, description=None):
-    """Returns the settings, a checked Config; which of SWITCHES are given, a dict of bool; and `cluster_options`.
+    """Returns the settings, a checked Config; SWITCHES and OTHER_SWITCHES, a dict; and `cluster_options`.
 
     An existing run keeps its settings; a new run has those of its preset and the given options. With --force an
     existing run is moved aside. Raises UserError for invalid settings."""
     given = vars(argument_parser(description).parse_args(arguments))
-    switches, steps = {name: given.pop(name) for name in SWITCHES}, given.pop("final_steps")
+    switches, others = ({name: given.pop(name) for name in names} for names in (SWITCHES, OTHER_SWITCHES))
+    steps = others["final_steps"]
     cluster = cluster_options(given)
     force, run = given.pop("force"), Path(given.get("run", "auto"))
     if (run / "config.json").exists() and not force:
@@ -266,6 +273,8 @@ def read_command_line(arguments=None, description=None):
         raise UserError("--wait and --partial exclude each other: give only one of them")
     if steps is not None and (force or not 1 <= steps < 2**31 or not (run / "config.json").exists()):
         raise UserError(f"--final-steps {steps}: must be at least 1, with --run for a run that is there")
+    if steps and others["tensorboard"]:
+        raise UserError("--tensorboard: not with --final-steps; leave it out")
     if force and ((run / "config.json").exists() or (run.is_dir() and only_ours(run))):
         if Path.cwd().is_relative_to(run.resolve()):
             raise UserError(f"--force: {run} contains the current folder and cannot be moved; change to another folder")
@@ -273,12 +282,15 @@ def read_command_line(arguments=None, description=None):
         with locked(run):
             run.rename(aside)
         print(f"moved {run} to {aside}")
-    return config, {**switches, "final_steps": steps}, cluster
+    return config, {**switches, **others}, cluster
 
 
 def read_config(arguments=None):
-    """Only the Config of `read_command_line`."""
-    return read_command_line(arguments)[0]
+    """Only the Config of `read_command_line`, for a command that starts several runs."""
+    config, switches, _ = read_command_line(arguments)
+    if switches["tensorboard"]:
+        raise UserError("--tensorboard: only for train.py; leave it out")
+    return config
 
 
 def stored_config(run, given):

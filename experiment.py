@@ -133,8 +133,9 @@ def different_setting(run, folder, base):
 def keep_record(run, folder, out):
     """Copy the results of a finished run, without weights and images, to OUT/records/. Raises UserError if damaged."""
     with whole_folder(out / "records" / run.name) as record:
-        for name in "config.json", "environment.json", "history.csv":
-            shutil.copy(folder / name, record)
+        for name in "config.json", "environment.json", "history.csv", "quality.csv":
+            if name != "quality.csv" or (folder / name).exists():  # earlier versions did not write it
+                shutil.copy(folder / name, record)
         with as_written(folder):
             iterations = [folder / f"iteration_{k:02d}" for k, _ in enumerate(read_csv(folder / "history.csv"))]
             tests = [read_csv(iteration / "test.csv") for iteration in iterations]

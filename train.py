@@ -23,7 +23,7 @@ from data import Dataset, draw_row, hold_out, split, write_dataset
 from oracle import Unanswered, find_oracle
 from process import outlasting_output, stopped_at_once
 from quality import Quality, sentence, write_quality
-from report import Page, draw_overview, draw_selection
+from report import Page, draw_overview, draw_selection, read_scores
 from run_folder import (
     HISTORY,
     INITIAL,
@@ -76,6 +76,8 @@ def run_loop(trainer, parts, run, oracle):
         forget_selections(config, run, len(history))
         write_history(history, run)
         print_iteration(history[-1], write_quality(run, len(history))[-1])
+        if trainer.events:
+            trainer.events.iteration(history[-1], read_scores(run / f"iteration_{iteration:02d}"), trainer)
         page.update()
     for leftover in trainer.leftovers:  # of a start that was killed before it removed them
         leftover.unlink(missing_ok=True)
@@ -321,6 +323,8 @@ def print_end(history, run):
     weights = shlex.quote(f"{last}/model.weights.h5")
     print(f"masks for your own images: python predict.py IMAGES --weights {weights} --out masks")
     print(f"the run at a glance: {run}/overview.png, and in full: {run}/report.html")
+    if (run / "tensorboard").exists():
+        print(f"its curves: pip install tensorboard; tensorboard --logdir {shlex.quote(str(run))}")
 
 
 @outlasting_output()
@@ -338,6 +342,7 @@ def main():
     with locked(run), connected(*where) as cluster, stopped_at_once(advise):
         # Here, because TensorFlow takes seconds to import.
         from devices import about_tensorflow, tensorflow_errors
+        from events import Events
         from trainer import Trainer, prepare
 
         prepare(config)
@@ -356,6 +361,8 @@ def main():
                 with tensorflow_errors():
                     trainer = Trainer(config, dataset, *about["normalisation"], about.get("gpu_memory"))
                     trainer.cluster = cluster
+                    if switches["tensorboard"]:
+                        trainer.events = Events(run, parts.test if len(parts.test) else parts.pool)
                     history = run_loop(trainer, parts, run, oracle)
             except Unanswered as waiting:
                 print(f"the run so far: {run}/report.html")

@@ -47,8 +47,8 @@ def learning_rate(schedule, done):
 
 def training_step(model, xla=False):
     """A compiled function that trains the network of `build_unet` on a batch: images and targets from `share_out`, and
-    on a GPU which of the images are real. It uses the network's `halves`. The gradients equal those of Keras' own step
-    up to rounding."""
+    on a GPU which of the images are real. Returns the loss. It uses the network's `halves`. The gradients equal those
+    of Keras' own step up to rounding."""
     dropout, (encode, decode) = model.get_layer("dropout"), halves(model)
 
     def train(images, targets, *real):
@@ -56,11 +56,13 @@ def training_step(model, xla=False):
             bottleneck, rest = encode(images)
             predictions = decode(dropout(bottleneck, training=True), rest)
             loss = model.loss(targets, predictions, *real)
-            loss = model.optimizer.scale_loss(loss)
-        model.optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+            scaled = model.optimizer.scale_loss(loss)
+        model.optimizer.apply(tape.gradient(scaled, model.trainable_variables), model.trainable_variables)
+        return loss
 
     def step(*batch):
-        model.distribute_strategy.run(train, batch)
+        losses = model.distribute_strategy.run(train, batch)
+        return model.distribute_strategy.reduce("MEAN", losses, axis=None)
 
     return compiled(step, "training step", xla, reduce_retracing=True)
 
@@ -148,6 +150,7 @@ class Trainer:
     """The network of a run with its Dataset and the normalisation, mean and std: a float per channel each."""
 
     cluster = None  # a cluster.Cluster that scores the pool in place of this process
+    events = None  # an events.Events that takes each step's loss
 
     def __init__(self, config, dataset, mean, std, memory=None, folder=None):
         """memory: bytes of the GPU on which the run began, so that it goes on elsewhere in batches of the same size;
@@ -231,11 +234,15 @@ class Trainer:
         highest = self.config.highest_rate(iteration)
         batches = self.batches(positions, labels, iteration, first)
         steps = track(batches, f"iteration {iteration}: training steps", last - first)
+        earlier = int(self.model.optimizer.iterations) - first  # steps of the iterations before
         with tensorflow_errors(with_less_memory(self.config)):
             for number, batch in enumerate(steps, first):
                 restart(dropout, dropout_seed, number)
-                self.model.optimizer.learning_rate = highest * learning_rate(self.config.schedule, number / last)
-                self.step(*share_out(self.model.distribute_strategy, *batch))
+                rate = highest * learning_rate(self.config.schedule, number / last)
+                self.model.optimizer.learning_rate = rate
+                loss = self.step(*share_out(self.model.distribute_strategy, *batch))
+                if self.events:
+                    self.events.step(earlier + number, loss, rate)
                 self.checkpoint.save_now_and_then(iteration, number + 1)
         self.require_finite(*self.model.get_weights())
 
