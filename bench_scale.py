@@ -41,7 +41,7 @@ def bookkeeping(count, folder):
     queried = np.concatenate(list(groups.values()))
     groups["pseudo"] = ceal.select_pseudo_labels(scores, rng, 100, queried)
     write_queries(dataset.ids, groups, folder)
-    write_scores(dataset.ids, scores, dice, folder)
+    write_scores(dataset.ids, scores, dice, dice, folder)
     if read_queries(folder, 1, dataset) != {name: list(positions) for name, positions in groups.items()}:
         raise UserError(f"{folder}/queries.csv reads back differently")
     pool.annotate(queried, np.zeros((len(queried), 2, 2), np.uint8))

@@ -21,6 +21,7 @@ LOSSES = "dice", "dice_bce"
 MEASURES = "variance", "entropy", "bald"
 PRECISIONS = "float32", "bfloat16", "float16"
 SCHEDULES = "constant", "cosine"
+STARTS = "random", "typical"
 QUERIES = " ".join(f"{name}: {strategy.select.__doc__.splitlines()[0]}" for name, strategy in STRATEGIES.items())
 
 
@@ -101,6 +102,12 @@ class Config:
     seed: int = setting(1, "seed of initial weights, batches, augmentation, dropout and random selections", 0)
 
     split_seed: int = setting(2017, "seed of the split; keep it, so that results can be compared", 0)
+    initial_seed: int = setting(
+        0, "draw the images labelled at first anew with this seed, and keep the test images; 0: as --split-seed says", 0
+    )
+    start: str = setting(
+        "random", "the images labelled at first: at random, or typical ones (strategies.typical)", choices=STARTS
+    )
     initial: int = setting(600, "images labelled before the first training", 1)
     pool: int = setting(1000, "unlabelled images that the oracle may be asked to annotate", 0)
     test: int = setting(400, "test images, never scored, queried or trained on; 0: nothing is measured", 0)
@@ -142,6 +149,9 @@ class Config:
         "inside", "weight of a pixel in the score (ceal.distance_weight)", choices=tuple(ceal.DISTANCE_WEIGHTS)
     )
     query: str = setting("paper", f"which images to annotate. {QUERIES}", choices=tuple(STRATEGIES))
+    least_agreement: float = setting(
+        0.72, "with --query undisputed: leave out images with a lower expected agreement (utils.expected_agreement)", 0
+    )
     no_detection: int = setting(10, "oracle queries with the lowest scores, per iteration", 0)
     no_detection_rule: str = setting(
         "lowest",
@@ -332,6 +342,8 @@ def check(config):
             f"--no-detection-rule empty needs --distance inside: with {config.distance}, an empty prediction does not "
             "score 0"
         )
+    if config.least_agreement > 1:
+        raise UserError(f"--least-agreement {config.least_agreement}: must be at most 1, which is full agreement")
     if config.learning_rate == 0:
         raise UserError("--learning-rate 0: must be above 0, or the network learns nothing")
     if config.width_shift > 1:

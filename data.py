@@ -35,6 +35,7 @@ from pictures import (
     size_tells,
     turned_warning,
 )
+from strategies import typical
 from synthetic import draw_lesion
 from utils import (
     LARGEST_SIDE,
@@ -385,6 +386,42 @@ def hold_out(parts, dataset, validation, seed):
         )
     held_out = np.random.default_rng(derived_seed(seed, "validation")).permutation(with_mask)[:validation]
     return parts._replace(initial=np.setdiff1d(parts.initial, held_out), test=np.sort(held_out))
+
+
+def start_anew(parts, dataset, start="random", seed=0):
+    """The Split with other images labelled at first, as many: drawn at random with `seed`, or `typical` ones
+    (strategies.typical) of their thumbnails. Unchanged if the start is `random` and the seed 0.
+
+    The test images remain. As in `split`, images with a mask come first, and near-duplicates are never separated."""
+    if start == "random" and not seed:
+        return parts
+    rng, chosen = np.random.default_rng(derived_seed(seed, "start")), np.array([], int)
+    others = np.sort(np.concatenate([parts.initial, parts.pool]))
+    for some in others[dataset.has_mask[others]], others[~dataset.has_mask[others]]:
+        count = min(len(parts.initial) - len(chosen), len(some))
+        if start == "typical":
+            drawn = some[typical(thumbnails(dataset, some), count, rng)] if count else some[:0]
+        else:
+            drawn = rng.permutation(some)[:count]
+        chosen = np.concatenate([chosen, drawn])
+    order = np.concatenate([chosen, others[~np.isin(others, chosen)]])
+    side = np.repeat([0, 1], [len(parts.initial), len(parts.pool)])
+    _join_near_duplicates(dataset, order, side, np.zeros(len(order), bool))
+    return parts._replace(initial=np.sort(order[side == 0]), pool=np.sort(order[side == 1]))
+
+
+def thumbnails(dataset, positions):
+    """The means of 16x16 equal parts of each image, in each channel: float32 (n, 256 C)."""
+    grid = (16, dataset.height // 16, 16, dataset.width // 16, dataset.channels)
+    some = (dataset.images([position]).reshape(grid).mean((1, 3), dtype=np.float32) for position in positions)
+    return np.stack([values.ravel() for values in some])
+
+
+def split_of_run(config, dataset):
+    """The Split of a run with this Config: `split`, then `hold_out`, then `start_anew`."""
+    parts = split(dataset, config.initial, config.pool, config.test, config.split_seed)
+    parts = hold_out(parts, dataset, config.validation, config.split_seed)
+    return start_anew(parts, dataset, config.start, config.initial_seed)
 
 
 def normalisation(dataset, positions):

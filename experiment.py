@@ -43,10 +43,13 @@ ARMS |= {
     for name in STRATEGIES
     if name not in {changes.get("query", "paper") for changes in ARMS.values()}
 }
+# The first labels drawn anew for each seed (`configure`), at random or typical ones; then random queries.
+ARMS |= {f"{start}_start": {**ARMS["random"], "start": start} for start in ("random", "typical")}
 FULL = "full_in_stages", "full"  # all images labelled from the start: the same in both regimes
 # Settings in which compared runs may differ, because they do not change a result.
 PLACE = "run", "data", "devices", "deterministic"
 LINES = ["k-o", "k--s", "b-^", "m-*", "c-h", "b--v", "g-D", "g--P", "r-x", "r--+", "y-.", "k-.", "k:", "m--d", "c--p"]
+LINES += ["r-D", "g:s", "y--h"]
 STYLES = dict(zip(ARMS, itertools.cycle(LINES)))
 REGIMES = "scarce", "paper"
 # The columns of a record's pool.csv: what `rate_pool` returns.
@@ -89,16 +92,25 @@ class Run(NamedTuple):
         return run
 
 
+def read_seeds(text):
+    """The seeds of a text such as 6-10, or 3, a range. Raises ValueError for any other text."""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
 def configure(run, base):
     """The Config of a run. base: the Config that all runs have in common.
 
     All arms have the same test images, initial weights and number of optimizer steps. All arms except FULL and
-    `no_queries` have the same number of annotations. The scarce regime starts with a sixth of the labels.
+    `no_queries` have the same number of annotations. The scarce regime starts with a sixth of the labels. Images for
+    --validation come on top of the first labels and are the same in all arms of a regime except FULL.
     """
     labelled, half_way = base.initial + base.pool, base.initial + base.iterations * base.asked // 2
     initial_steps, active_steps = base.training_steps(base.initial, 0), base.training_steps(half_way, 1)
-    initial = base.initial if run.regime == "paper" else base.initial // 6
+    initial = base.validation + (base.initial if run.regime == "paper" else base.initial // 6)
     changes = dict(ARMS[run.arm])
+    if "start" in changes:
+        changes["initial_seed"] = run.seed
     if run.arm in FULL:
         initial = labelled
     if run.arm == "full":
@@ -114,6 +126,8 @@ def common_iterations(run, other, base):
     if {*FULL} & {run.arm, other.arm} or run[::2] != other[::2] or run == other:
         return 0
     mine, theirs = (dataclasses.replace(configure(r, base), **NO_PSEUDO) for r in (run, other))
+    if (mine.start, mine.initial_seed) != (theirs.start, theirs.initial_seed):
+        return 0
     return min(base.pseudo_start, base.iterations + 1) if mine == theirs else 1
 
 
@@ -248,6 +262,17 @@ def as_written(folder):
         yield
     except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, BadZipFile) as error:
         raise UserError(f"{folder}: not as this program wrote it ({in_one_line(error)}); move it away")
+
+
+def recorded_queries(folder):
+    """The images that a record's run selected: a dict of iteration to a dict of id to group, in their order; empty if
+    they were not kept, as in records of earlier versions other than that of `ceal` with seed 1."""
+    found = {}
+    for file in sorted(folder.glob("iteration_*_queries.csv")):
+        found[int(file.name.split("_")[1])] = {row["id"]: row["group"] for row in read_csv(file)}
+    for row in read_csv(folder / "queries.csv") if (folder / "queries.csv").exists() else ():
+        found.setdefault(int(row["iteration"]), {})[row["id"]] = row["group"]
+    return found
 
 
 def read_pools(folder):

@@ -5,8 +5,12 @@
     python labels.py --preset quick --out results/labels --report
 
 The label sets follow from the records of reproduce.py; an arm that uses no scores needs no record. Each network is
-trained for as many steps as the arm `full`. The options of train.py apply to all. Finished networks are kept, without
-weights, in OUT/final/; the same command continues an interrupted training.
+trained for as many steps as the arm `full`. The options of train.py apply to all: with --validation 300, given to
+reproduce.py too, 300 labelled images take the place of the test images. Finished networks are kept, without weights, in
+OUT/final/; the same command continues an interrupted training.
+
+Mixtures of label sets are arms too: ceal+random takes the queries of both in turn, in the order in which they were
+asked, and ceal-disputed leaves out the queries that two people draw differently, by the file of --agreement.
 """
 
 import argparse
@@ -20,12 +24,16 @@ import numpy as np
 import ceal
 import experiment
 import figures
+from agreement import DISPUTED, read_agreement
 from config import read_config
-from data import Dataset, normalisation, split
-from experiment import ARMS, FULL, REGIMES, STYLES, Run, configure
+from data import Dataset, normalisation, split_of_run
+from experiment import ARMS, FULL, LINES, REGIMES, STYLES, Run, configure
 from process import outlasting_output
-from strategies import STRATEGIES
+from strategies import STRATEGIES, select
 from utils import UserError, derived_seed, read_csv, run_command, whole_file, whole_folder
+
+WITHOUT = "-disputed"  # at the end of an arm's name: without the queries that people draw differently
+BASELINE = {"typical_start": "random_start"}  # the arm that is subtracted where it is not `random`
 
 
 def steps_of_full(base):
@@ -39,16 +47,57 @@ def steps_of_full(base):
 def labels_after(run, config, dataset, parts, out, annotations):
     """The ceal.Pool of a run when it had this number of annotations, and the iteration. Raises UserError if its queries
     are not known, or if it never had this number."""
-    pool = ceal.Pool(parts.initial, dataset.masks(parts.initial), parts.pool, parts.test)
-    queries = drawn_queries(config, pool) if unscored(config) else recorded_queries(out / "records" / run.name)
-    place, iteration = {id: n for n, id in enumerate(dataset.ids)}, 0
-    while pool.annotations < annotations and iteration < config.iterations:
-        iteration += 1
-        positions = np.array(queries(iteration) if unscored(config) else [place[id] for id in queries[iteration]], int)
+    pool, iteration = first_pool(dataset, parts), 0
+    for iteration, positions in enumerate(queries_of(run, config, dataset, parts, out), 1):
+        if pool.annotations >= annotations:
+            iteration -= 1
+            break
         pool.annotate(positions, dataset.masks(positions))
     if pool.annotations != annotations:
         raise UserError(f"--at {annotations}: {run.name} never has this number of labels; nearest: {pool.annotations}")
     return pool, iteration
+
+
+def mixed_labels(run, base, dataset, parts, out, annotations, disputed):
+    """As `labels_after`, of an arm such as ceal+random, or ceal-disputed. disputed: the ids that are left out then.
+
+    Raises UserError if there are too few labels."""
+    arms, without = parts_of(run.arm)
+    orders = []
+    for arm in arms:
+        single = run._replace(arm=arm)
+        orders.append(np.concatenate(list(queries_of(single, configure(single, base), dataset, parts, out))))
+    taken = {position: None for turn in zip(*orders) for position in turn}  # a dict keeps the order
+    chosen = [n for n in map(int, taken) if not (without and dataset.ids[n] in disputed)]
+    pool = first_pool(dataset, parts)
+    count = annotations - pool.annotations
+    if not 0 <= count <= len(chosen):
+        most = pool.annotations + len(chosen)
+        raise UserError(f"--at {annotations}: {run.name} has from {pool.annotations} to {most} labels")
+    pool.annotate(np.array(chosen[:count], int), dataset.masks(chosen[:count]))
+    return pool, base.iterations
+
+
+def parts_of(arm):
+    """The arms that a mixture names, a list of str, and whether it leaves out disputed images."""
+    return arm.removesuffix(WITHOUT).split("+"), arm.endswith(WITHOUT)
+
+
+def first_pool(dataset, parts):
+    """The ceal.Pool of a run before its first query."""
+    return ceal.Pool(parts.initial, dataset.masks(parts.initial), parts.pool, parts.test)
+
+
+def queries_of(run, config, dataset, parts, out):
+    """Yield the positions that a run asked for in each iteration. Raises UserError if they are not known."""
+    if unscored(config):
+        yield from drawn_queries(config, parts.pool)
+        return
+    record, place = out / "records" / run.name, {id: n for n, id in enumerate(dataset.ids)}
+    if not (queries := experiment.recorded_queries(record)):
+        raise UserError(f"{record} does not have the run's queries: do this run with reproduce.py first")
+    for iteration in range(1, config.iterations + 1):
+        yield np.array([place[id] for id, group in queries[iteration].items() if group != "pseudo"], int)
 
 
 def unscored(config):
@@ -56,41 +105,35 @@ def unscored(config):
     return not STRATEGIES[config.query].scored
 
 
-def drawn_queries(config, pool):
-    """A function from an iteration to the positions that train.py asks for in it, for a strategy without scores."""
-
-    def draw(iteration):
+def drawn_queries(config, unlabelled):
+    """Yield the positions that train.py asks for in each iteration, for a strategy without scores. unlabelled: those in
+    the pool at first."""
+    for iteration in range(1, config.iterations + 1):
         rng = np.random.default_rng(derived_seed(config.seed, iteration, "queries"))
-        groups = STRATEGIES[config.query].select(np.zeros(len(pool.unlabelled)), rng, config)
-        return pool.unlabelled[np.concatenate(list(groups.values()))]
-
-    return draw
-
-
-def recorded_queries(record):
-    """A dict of iteration to the ids that a record's run asked for. Raises UserError if they were not kept."""
-    if not (record / "queries.csv").exists():
-        raise UserError(f"{record}/queries.csv is missing: do this run with reproduce.py first")
-    queries = {}
-    for row in read_csv(record / "queries.csv"):
-        if row["group"] != "pseudo":
-            queries.setdefault(int(row["iteration"]), []).append(row["id"])
-    return queries
+        groups = select(np.zeros(len(unlabelled)), rng, config, {"iteration": iteration})
+        positions = unlabelled[np.concatenate(list(groups.values()))]
+        unlabelled = np.setdiff1d(unlabelled, positions)
+        yield positions
 
 
 # -------------------------------------------------------------------------------------------------------- the networks
 
 
-def train_on_labels(run, base, dataset, out, annotations):
-    """Train a network on these labels, if it is not there yet, into OUT/final/NAME-ANNOTATIONS."""
+def train_on_labels(run, base, dataset, out, annotations, disputed=()):
+    """Train a network on these labels, if it is not there yet, into OUT/final/NAME-ANNOTATIONS. disputed: ids that a
+    mixture leaves out."""
     place = out / "final" / f"{run.name}-{annotations}"
     if place.exists():
         return
     from final import train_final  # here, because TensorFlow takes seconds to import
 
-    config = configure(run, base)
-    parts = split(dataset, config.initial, config.pool, config.test, config.split_seed)
-    pool, iteration = labels_after(run, config, dataset, parts, out, annotations)
+    (first, *others), without = parts_of(run.arm)
+    config = configure(run._replace(arm=first), base)
+    parts = split_of_run(config, dataset)
+    if others or without:
+        pool, iteration = mixed_labels(run, base, dataset, parts, out, annotations, disputed)
+    else:
+        pool, iteration = labels_after(run, config, dataset, parts, out, annotations)
     work = Path("runs") / out.name / f"final-{run.name}-{annotations}"
     work.mkdir(parents=True, exist_ok=True)
     config = dataclasses.replace(config, run=str(work))
@@ -113,11 +156,11 @@ def read_finals(out):
     float64 (N,)."""
     found = {}
     for folder in sorted((out / "final").glob("[!.]*-*")):
-        name, _, annotations = folder.name.rpartition("-")
-        run = Run.named(name)
         with experiment.as_written(folder):
+            name, seed, annotations = folder.name.rsplit("-", 2)
+            regime, arm = name.split("-", 1)
             dice = np.array([float(row["dice"]) for row in read_csv(folder / "test.csv")])
-        found.setdefault((run.regime, run.arm, int(annotations)), {})[run.seed] = dice
+        found.setdefault((regime, arm, int(annotations)), {})[int(seed)] = dice
     if not found:
         raise UserError(f"{out}/final holds no finished network; leave out --report to train them")
     return found
@@ -128,7 +171,7 @@ def summarise(found, full):
     rows = []
     for (regime, arm, annotations), seeds in sorted(found.items()):
         means = [dice.mean() for dice in seeds.values()]
-        baseline = found.get((regime, "random", annotations), {})
+        baseline = found.get((regime, BASELINE.get(arm, "random"), annotations), {})
         common = sorted(seeds.keys() & baseline.keys())
         row = {"regime": regime, "arm": arm, "labels": annotations, "seeds": len(means), "dice": float(np.mean(means))}
         row["share_of_full"] = row["dice"] / full if full else None
@@ -157,12 +200,13 @@ def report(out, records):
         partial.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines).replace("_", " "))
     with whole_file(out / "labels.json") as partial:
         partial.write_text(json.dumps(rows, indent=1) + "\n")
-    panels = {}
+    panels, mixtures = {}, sorted({arm for _, arm, _ in found} - set(STYLES))
+    styles = STYLES | dict(zip(mixtures, reversed(LINES)))
     for regime, arm in dict.fromkeys((row["regime"], row["arm"]) for row in rows):
         at = sorted(a for r, s, a in found if (r, s) == (regime, arm))
         means = [[dice.mean() for dice in found[regime, arm, a].values()] for a in at]
         spread = np.array([np.std(values, ddof=min(1, len(values) - 1)) for values in means])
-        curve = figures.Curve(arm, STYLES[arm], np.array(at), np.array([np.mean(values) for values in means]), spread)
+        curve = figures.Curve(arm, styles[arm], np.array(at), np.array([np.mean(values) for values in means]), spread)
         panels.setdefault(f"{regime} regime, trained anew", []).append(curve)
     (out / "figures").mkdir(exist_ok=True)
     figures.figure_curves(panels, out / "figures" / "labels.png")
@@ -181,14 +225,23 @@ def main():
     parser.add_argument("--seeds", default="1-5", help="seeds, for instance 3 or 1-5 (default %(default)s)")
     parser.add_argument("--at", default="205,415", help="numbers of labels (default %(default)s)")
     parser.add_argument("--full", type=Path, metavar="DIR", help="a folder of reproduce.py with records of `full`")
+    parser.add_argument(
+        "--agreement",
+        type=Path,
+        metavar="FILE",
+        help="as for agreement.py, for arms such as ceal-disputed",
+    )
     parser.add_argument("--report", action="store_true", help="train nothing; report the finished networks")
     args, rest = parser.parse_known_args()
     base, arms = read_config(rest), args.arms.split(",")
-    if unknown := sorted(set(arms) - set(ARMS) | set(arms) & set(FULL)):
+    named = {part for arm in arms for part in parts_of(arm)[0]}
+    if unknown := sorted(named - set(ARMS) | named & set(FULL)):
         raise UserError(f"--arms {unknown[0]}: not an arm that chooses labels")
+    if args.agreement is None and (without := [arm for arm in arms if parts_of(arm)[1]]):
+        raise UserError(f"--arms {without[0]}: give --agreement, the file that says what two people draw differently")
+    disputed = args.agreement and {id for id, dice in read_agreement(args.agreement).items() if dice < DISPUTED}
     try:
-        first, _, last = args.seeds.partition("-")
-        seeds, at = range(int(first), int(last or first) + 1), [int(number) for number in args.at.split(",")]
+        seeds, at = experiment.read_seeds(args.seeds), [int(number) for number in args.at.split(",")]
     except ValueError:
         raise UserError(f"--seeds {args.seeds}, --at {args.at}: must be numbers, such as 1-5 and 205,415")
     if not args.report:
@@ -196,7 +249,7 @@ def main():
             for seed in seeds:
                 for annotations in at:
                     for arm in arms:
-                        train_on_labels(Run(args.regime, arm, seed), base, dataset, args.out, annotations)
+                        train_on_labels(Run(args.regime, arm, seed), base, dataset, args.out, annotations, disputed)
     report(args.out, args.full or args.out)
 
 

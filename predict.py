@@ -45,9 +45,11 @@ from pictures import (
     upright,
 )
 from utils import (
+    LIKELY_DISPUTED,
     UserError,
     composed,
     cores,
+    expected_agreement,
     first_of,
     map_in_order,
     print_error,
@@ -203,6 +205,7 @@ def rate(mask, true_mask):
 class Result(NamedTuple):
     name: str
     uncertainty: float | None  # the score; None without passes
+    agreement: float | None  # utils.expected_agreement, likewise
     rating: dict | UserError | None  # from `rate`, or why it is impossible; None without a true mask
     curve: list  # the Dice at each of THRESHOLDS; empty if not asked for
     cover: tuple | None = None  # the true mask's, from pictures.mask_cover
@@ -232,7 +235,10 @@ def save_results(path, size, prediction, variance, mean, options):
             pixels = np.array(upright(picture).convert("RGB"))
         pixels[find_boundaries(mask, mode="thick")] = 0, 255, 255
         save_png(pixels, options.out / "overlay" / f"{name}_overlay.png")
-    result = Result(name, None if variance is None else uncertainty_score(variance, mean), None, [])
+    doubt = (None, None)
+    if variance is not None:
+        doubt = uncertainty_score(variance, mean), float(expected_agreement(mean[None])[0])
+    result = Result(name, *doubt, None, [])
     if path in options.truths:
         try:
             result = evaluate(result, path, mask, cut, options)
@@ -383,6 +389,19 @@ def report_ratings(results, out):
         print(f"best for these images: --threshold {THRESHOLDS[means.argmax()]:g}; evaluate it on other images")
 
 
+def report_uncertainty(results, out):
+    """Write out/scores.csv, and print on which images specialists are likely to disagree."""
+    scores = [(result.name, result.uncertainty, result.agreement) for result in results]
+    write_csv(out / "scores.csv", ["name", "uncertainty", "agreement"], scores)
+    print(f"{out}: a map of each image, and scores.csv")
+    if disputed := [result.name for result in results if result.agreement < LIKELY_DISPUTED]:
+        some = first_of(disputed, 10)
+        print(
+            f"specialists are likely to disagree on {len(disputed)} of {len(results)} images (expected agreement below "
+            f"{LIKELY_DISPUTED}): {some}; have two people look at them"
+        )
+
+
 def warn_of_truths(results, truths):
     """Print warnings about true masks that may be inverted or turned. truths: a dict of name to the mask's path."""
     unclear = [result.name for result in results if result.unclear]
@@ -460,9 +479,7 @@ def main():
     unreadable = f"; {len(errors)} images could not be read" if errors else ""
     print(f"{args.out}: {len(results)} masks by {weights}, threshold {args.threshold:g}{unreadable}")
     if args.uncertainty and results:
-        scores = [(result.name, result.uncertainty) for result in results]
-        write_csv(args.out / "uncertainty" / "scores.csv", ["name", "uncertainty"], scores)
-        print(f"{args.out}/uncertainty: a map of each image, and scores.csv")
+        report_uncertainty(results, args.out / "uncertainty")
     if args.truth:
         report_ratings(results, args.out)
         warn_of_truths(results, {images[path]: mask for path, mask in truths.items()})

@@ -23,10 +23,11 @@ from data import Dataset
 from figures import GROUPS, Drawing, figure_examples, figure_overview, figure_scores
 from quality import COMPARED, LATE, MAPS, STABLE, read_answers_of, read_quality, sentence
 from run_folder import INITIAL, read_last_selection, read_selection
-from utils import open_hdf5, printable, read_csv, segmentation_metrics, whole_file
+from utils import LIKELY_DISPUTED, open_hdf5, printable, read_csv, segmentation_metrics, whole_file
 
 NAMES = {group: label for group, (label, *_) in GROUPS.items()} | {LATE: "answered late", INITIAL: "initial"}
 LARGE, SMALL = 208, 144  # pixels of the longer side of a picture: of the last iteration, of the others
+LIKELY = "specialists are likely to disagree"
 IN_FULL = 100  # an iteration with more images than this is shown in the small form
 MOST = 4_000_000  # characters of all pictures; the page stays below 5 MB
 WIDTH, HEIGHT, LEFT, BELOW = 480, 270, 52, 40  # of a chart and its margins
@@ -103,6 +104,7 @@ def make_page(run, dataset, done=False):
         waiting=waiting,
         changes=changes(history, quality, answers),
         stable=STABLE,
+        likely=(LIKELY, LIKELY_DISPUTED),
         charts=[
             chart
             for chart in (dice_chart(history), quality_chart(history, quality), stability_chart(history, quality))
@@ -244,9 +246,12 @@ def read_overlay(path):
 
 
 def read_scores(folder):
-    """A dict of id to score of a selection; empty if the pool was not scored."""
-    path = folder / "scores.csv"
-    return {row["id"]: float(row["uncertainty"]) for row in read_csv(path)} if path.exists() else {}
+    """A dict of id to the words about the score of a selection's images; empty if the pool was not scored."""
+    path, found = folder / "scores.csv", {}
+    for row in read_csv(path) if path.exists() else ():
+        disputed = float(row.get("agreement") or 1) < LIKELY_DISPUTED  # scores of an earlier version do not tell
+        found[row["id"]] = f"{float(row['uncertainty']):.3g}{f', {LIKELY}' if disputed else ''}"
+    return found
 
 
 def captions(id, group, scores, dice):
@@ -254,7 +259,7 @@ def captions(id, group, scores, dice):
     return {
         "id": printable(id),
         "group": NAMES.get(group, group),
-        "score": f"{scores[id]:.3g}" if id in scores else "",
+        "score": scores.get(id, ""),
         "dice": f"{float(dice):.3f}" if dice else "",
     }
 

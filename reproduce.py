@@ -26,6 +26,7 @@ from config import read_config
 from data import Dataset
 from experiment import (
     ARMS,
+    FULL,
     REGIMES,
     Run,
     check_records,
@@ -34,6 +35,7 @@ from experiment import (
     different_setting,
     keep_record,
     read_records,
+    read_seeds,
     record_folders,
     recorded_data,
 )
@@ -183,6 +185,14 @@ def draw(found, folder):
         figures.figure_regions(regions, folder / f"regions_{regime}.png")
 
 
+def seeds_of(text):
+    """The seeds of --seeds, a range; empty if it is not one."""
+    try:
+        return read_seeds(text if "-" in text else f"1-{text}")
+    except ValueError:
+        return range(0)
+
+
 @outlasting_output()
 def main():
     """The command line."""
@@ -190,7 +200,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for records, tables and figures")
-    parser.add_argument("--seeds", type=int, default=5, help="do seeds 1 to this number (default 5)")
+    parser.add_argument("--seeds", default="5", help="do seeds 1 to this number, or such as 6-10 (default 5)")
     parser.add_argument("--regimes", default=",".join(REGIMES), help="regimes to run (default all: %(default)s)")
     parser.add_argument("--arms", default=",".join(ARMS), help="arms to run (default all: %(default)s)")
     parser.add_argument("--only", metavar="ARM,SEED", help="do only this run, in each of --regimes; no report")
@@ -205,24 +215,26 @@ def main():
         if option.partition("=")[0] in ("--cluster", "--worker-cores"):
             raise UserError(f"{option}: only for train.py; here use --jobs, or --only in a job array")
     base, regimes = read_config(rest), args.regimes.split(",")
-    arms, seeds = args.arms.split(","), range(1, args.seeds + 1)
+    arms, seeds = args.arms.split(","), seeds_of(args.seeds)
     if args.only:
         arm, _, seed = args.only.partition(",")
         arms, seeds = [arm], [int(seed)] if seed.isdecimal() else []
     for option, given, known in ("--arms", arms, ARMS), ("--regimes", regimes, REGIMES):
         if unknown := sorted(set(given) - set(known)):
             raise UserError(f"{option} {unknown[0]}: not one of {', '.join(known)}")
-    if not seeds or args.jobs < 1:
+    if not seeds or min(seeds) < 1 or args.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1; --only takes ARM,SEED, for instance ceal,3")
     if args.report and args.only:
         raise UserError("--report and --only cannot be combined, because --only makes no report; leave one of them out")
     if not base.iterations:
         raise UserError("--iterations 0: arms do not differ before the first iteration; give at least 1")
-    if base.test < 2 or base.validation or base.oracle != "simulated":
+    if (base.validation or base.test) < 2 or base.oracle != "simulated":
         raise UserError(
-            "--test 0 or 1, --validation and --oracle folder do not work here, because arms are compared on test "
+            "--test or --validation 0 or 1 and --oracle folder do not work here, because arms are compared on these "
             "images and use the masks of the data file; leave them out"
         )
+    if base.validation and not args.report and (full := [arm for arm in arms if arm in FULL]):
+        raise UserError(f"--validation: {full[0]} would be measured on other images; name other --arms")
     check_records(args.out, base)
     if not args.report:
         runs = [Run(regime, arm, seed) for regime in regimes for arm in arms for seed in seeds]

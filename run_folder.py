@@ -40,6 +40,7 @@ METRICS = ["dice", "jaccard", "sensitivity", "specificity", "accuracy", "thresho
 HISTORY = ["iteration", "annotations", "pseudo_labels", *METRICS, "seconds_scoring", "seconds_training"]
 INITIAL = "initial"  # the group of the images annotated before the first training
 CHECKPOINT = ".training.weights.h5"  # of an unfinished training
+RECORDED = "scores", "dice", "sizes", "agreement"  # of each image, by Trainer.score
 PACKAGES = ["keras", "numpy", "scipy", "scikit-image", "pillow", "h5py", "matplotlib"]
 
 
@@ -196,11 +197,12 @@ def read_selection(folder):
     return ids, scores, dice, {group: np.array(selected, int) for group, selected in groups.items()}
 
 
-def write_scores(ids, scores, dice, folder):
-    """Write scores.csv. ids: str (n,); scores, dice: float64 (n,), NaN without a true mask."""
+def write_scores(ids, scores, dice, agreement, folder):
+    """Write scores.csv. ids: str (n,); scores, dice, agreement: float64 (n,), the Dice NaN without a true mask."""
     # Lists, because csv writes Python's floats ten times as fast as NumPy's, and the same.
-    rows = zip(ids.tolist(), scores.tolist(), (value if value == value else "" for value in dice.tolist()))
-    write_csv(folder / "scores.csv", ["id", "uncertainty", "dice"], rows)
+    dice = (value if value == value else "" for value in dice.tolist())
+    rows = zip(ids.tolist(), scores.tolist(), dice, agreement.tolist())
+    write_csv(folder / "scores.csv", ["id", "uncertainty", "dice", "agreement"], rows)
 
 
 def read_scores(path):
@@ -209,7 +211,7 @@ def read_scores(path):
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = csv.reader(file)
         next(rows)
-        for id, score, dice in rows:
+        for id, score, dice, *_ in rows:
             ids.append(id)
             numbers.append((float(score or "nan"), float(dice or "nan")))
     scores, dice = np.array(numbers).reshape(-1, 2).T
@@ -237,9 +239,9 @@ def write_history(history, run):
 
 
 def read_record(record, iteration):
-    """Read the record of `Trainer.score`: a list of [scores, Dice], one per finished chunk of this iteration.
+    """Read the record of `Trainer.score`: a list with a list per finished chunk of this iteration, the RECORDED.
 
-    The file is cut after the last complete chunk, and emptied if it belongs to another iteration."""
+    The file is cut after the last complete chunk, and emptied if it belongs to another iteration or version."""
     chunks, end = [], 0
     if record is None or not record.exists():
         return chunks
@@ -249,7 +251,7 @@ def read_record(record, iteration):
                 found, *rated = json.loads(line)
             except (ValueError, TypeError):
                 break
-            if found != iteration or not line.endswith(b"\n"):
+            if found != iteration or len(rated) != len(RECORDED) or not line.endswith(b"\n"):
                 break
             chunks.append(rated)
             end += len(line)

@@ -1,12 +1,15 @@
 """The query strategies. A new one is a function and an entry in STRATEGIES; --query and reproduce.py's arms follow.
 
 A strategy is a function (scores, rng, config) -> dict of group (no_detection, most_uncertain, random) to positions in
-`scores`. Nothing here knows files, people or networks.
+`scores`. It also gets, by name, what its entry lists as `sees`. Nothing here knows files, people or networks.
 """
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
+from scipy.cluster.vq import kmeans2
+from scipy.spatial import cKDTree
 
 import ceal
 
@@ -35,19 +38,87 @@ def power(scores, rng, config):
     return {"random": rng.choice(len(scores), count, replace=False, p=weights / weights.sum())}
 
 
+def undisputed(scores, rng, config, agreement):
+    """As power, without the images on which people would probably disagree.
+
+    Ours. These are the images whose expected agreement (utils.expected_agreement) is below --least-agreement. Should
+    too few remain, the images that are closest to it are added."""
+    scores, agreement = np.asarray(scores, np.float64), np.asarray(agreement)
+    allowed = np.flatnonzero(agreement >= config.least_agreement)
+    if len(allowed) < config.asked:
+        allowed = np.argsort(-agreement, kind="stable")[: config.asked]
+    return {"random": allowed[power(scores[allowed], rng, config)["random"]]}
+
+
 def no_queries(scores, rng, config):
     """No images: training goes on with the initial labels."""
     return {"random": np.array([], int)}
 
 
+def strata(scores, rng, config, sizes, iteration):
+    """As many images of each predicted size (none, small, middle, large), by score with noise that decays.
+
+    Ours, after ClaSP PE (Lueth et al., arXiv 2601.13677), which does so for each class. Three equal parts of the pool's
+    lesions are small, middle and large. Within each stratum the images with the highest log(score) + noise are taken;
+    the noise is Gumbel's, divided by a number that grows from 1 in the first iteration to 10 in the last. A stratum
+    that is too small leaves its places to the others. sizes: predicted lesion pixels (N,)."""
+    scores, sizes = np.asarray(scores, np.float64), np.asarray(sizes)
+    lesions = np.sort(sizes[sizes > 0])
+    stratum = np.where(sizes > 0, 1 + np.searchsorted(lesions, sizes, side="right") * 3 // (len(lesions) + 1), 0)
+    decay = 10 ** ((iteration - 1) / max(config.iterations - 1, 1))
+    tiny = np.finfo(np.float64).tiny  # all images without a lesion score 0: the noise alone decides
+    order = np.argsort(-(np.log(np.maximum(scores, tiny)) + rng.gumbel(size=len(scores)) / decay))
+    turn = np.empty(len(scores), int)  # an image's place in its stratum: the strata take turns
+    for number in range(4):
+        mine = order[stratum[order] == number]
+        turn[mine] = np.arange(len(mine))
+    chosen = np.lexsort((rng.random(len(scores)), turn))[: config.asked]
+    empty = stratum[chosen] == 0
+    return {"no_detection": chosen[empty], "most_uncertain": chosen[~empty]}
+
+
 class Strategy(NamedTuple):
-    select: object  # (scores, rng, config) -> dict of group to positions; scores: float64 (N,), those of the pool
+    select: object  # (scores, rng, config, **sees) -> dict of group to positions; scores: float64 (N,), of the pool
     scored: bool = True  # False: it does not look at the scores, and the pool is not scored for it
+    sees: tuple = ()  # what else it gets by name: `sizes`, `agreement` (trainer.Scored); `iteration`, from 1 on
 
 
 STRATEGIES = {
     "paper": Strategy(paper),
     "uniform": Strategy(uniform, scored=False),
     "power": Strategy(power),
+    "undisputed": Strategy(undisputed, sees=("agreement",)),
+    "strata": Strategy(strata, sees=("sizes", "iteration")),
     "none": Strategy(no_queries, scored=False),
 }
+
+
+def select(scores, rng, config, known):
+    """The groups of the Config's strategy. known: a dict of all that a strategy may list as `sees`."""
+    strategy = STRATEGIES[config.query]
+    return strategy.select(scores, rng, config, **{name: known[name] for name in strategy.sees})
+
+
+# ------------------------------------------------------------------------------------------------------ the cold start
+
+CLUSTERS, SMALLEST, NEIGHBOURS = 500, 5, 20  # the most clusters, the smallest one, and the neighbours [TypiClust]
+
+
+def typical(features, count, rng):
+    """Select `count` typical images, before there is a network: positions in `features`, float (N, D).
+
+    After TypiClust (Hacohen et al., arXiv 2202.02794): k-means with as many clusters, at most 500, and from each
+    cluster the image whose 20 nearest neighbours in it are closest. Clusters of fewer than 5 images come last."""
+    if count >= len(features):
+        return np.arange(len(features))
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # equal images leave clusters empty, which is fine
+        warnings.simplefilter("ignore")
+        _, cluster = kmeans2(features.astype(np.float64), min(count, CLUSTERS), minit="++", rng=rng)
+    members = np.bincount(cluster)[cluster]
+    turn = np.empty(len(features), int)  # an image's place in its cluster: the clusters take turns
+    for number in np.unique(cluster):
+        mine = np.flatnonzero(cluster == number)
+        near = min(NEIGHBOURS, len(mine) - 1) + 1  # the first one is the image itself
+        distances = cKDTree(features[mine]).query(features[mine], np.arange(1, near + 1))[0]
+        turn[mine[np.argsort(distances.mean(1), kind="stable")]] = np.arange(len(mine))
+    return np.lexsort((-members, turn, members < SMALLEST))[:count]

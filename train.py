@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 import ceal
+import strategies
 from audit import draw_audit
 from cluster import connected
 from config import DEMO_SIZE, read_command_line
-from data import Dataset, draw_row, hold_out, split, write_dataset
+from data import Dataset, draw_row, split_of_run, write_dataset
 from oracle import Unanswered, find_oracle
 from process import outlasting_output, stopped_at_once
 from quality import Quality, sentence, write_quality
@@ -37,7 +38,6 @@ from run_folder import (
     write_queries,
     write_scores,
 )
-from strategies import STRATEGIES
 from utils import UserError, derived_seed, read_csv, run_command, whole_folder, write_csv
 
 UNASKED = np.array([], int)  # for oracle.answers: only answers that came late
@@ -121,8 +121,9 @@ def query(trainer, pool, oracle, iteration, folder):
     """
     config, candidates, started = trainer.config, pool.unlabelled, time.monotonic()
     count = ceal.pseudo_label_count(iteration, config.pseudo_start, config.pseudo_first, config.pseudo_step)
-    scored = (STRATEGIES[config.query].scored or count or config.audit) and len(candidates) > 0
-    scores, dice = trainer.score(pool, iteration, trainer.record) if scored else (np.zeros(len(candidates)), None)
+    scored = (strategies.STRATEGIES[config.query].scored or count or config.audit) and len(candidates) > 0
+    found = trainer.score(pool, iteration, trainer.record) if scored else None
+    scores = found.scores if scored else np.zeros(len(candidates))
     (folder / ".seconds").write_text(f"{time.monotonic() - started if scored else 0:.1f}")
 
     answered = oracle.answers(iteration, UNASKED)
@@ -130,7 +131,8 @@ def query(trainer, pool, oracle, iteration, folder):
     audited = draw_audit(free, config, iteration)
     free = np.setdiff1d(free, audited)
     rng = np.random.default_rng(derived_seed(config.seed, iteration, "queries"))
-    groups = STRATEGIES[config.query].select(scores[free], rng, config)
+    seen = {name: values[free] for name, values in found._asdict().items()} if scored else {}
+    groups = strategies.select(scores[free], rng, config, {**seen, "iteration": iteration})
     queried = np.concatenate(list(groups.values()))
     groups["pseudo"] = ceal.select_pseudo_labels(scores[free], rng, count, exclude=queried)
     groups = {group: free[selected] for group, selected in groups.items()} | (
@@ -139,7 +141,7 @@ def query(trainer, pool, oracle, iteration, folder):
     ids = trainer.dataset.ids[candidates]
     write_queries(ids, groups, folder)
     if scored:
-        write_scores(ids, scores, dice, folder)
+        write_scores(ids, scores, found.dice, found.agreement, folder)
 
 
 def ask(trainer, pool, oracle, iteration, selection):
@@ -284,7 +286,7 @@ def print_plan(config, dataset, parts):
 def plan_of_iteration(config):
     """What an iteration does, in words."""
     lengths = f"{config.active_steps} steps" if config.active_steps else f"{config.active_epochs} epochs"
-    scored = f"score the pool in {config.passes} passes, " if STRATEGIES[config.query].scored else ""
+    scored = f"score the pool in {config.passes} passes, " if strategies.STRATEGIES[config.query].scored else ""
     how = f" (--query {config.query})" if config.query != "paper" else ""
     pseudo = "no pseudo-labels"
     if config.pseudo_first or config.pseudo_step:
@@ -349,8 +351,7 @@ def main():
         for leftover in run.glob(".partial-*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         with open_dataset(config) as dataset:
-            parts = split(dataset, config.initial, config.pool, config.test, config.split_seed)
-            parts = hold_out(parts, dataset, config.validation, config.split_seed)
+            parts = split_of_run(config, dataset)
             oracle = find_oracle(config, dataset, parts, run, switches)
             print_plan(config, dataset, parts)
             about = begin(config, dataset, run, about_tensorflow(), np.concatenate([parts.initial, parts.pool]))

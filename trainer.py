@@ -10,6 +10,7 @@ import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from utils import (
     FileInUse,
     UserError,
     derived_seed,
+    expected_agreement,
     in_one_line,
     map_in_order,
     naming,
@@ -146,6 +148,15 @@ def images_at_a_time(memory, height, width, filters):
     return next((count for count in (64, 32) if count <= room), 16)
 
 
+class Scored(NamedTuple):
+    """The results of a scoring: an array (n,) or a list each."""
+
+    scores: object  # float64
+    dice: object  # float64, of the prediction; NaN if there is no mask
+    sizes: object  # int64, pixels of the predicted lesion
+    agreement: object  # float64, utils.expected_agreement
+
+
 class Trainer:
     """The network of a run with its Dataset and the normalisation, mean and std: a float per channel each."""
 
@@ -265,8 +276,8 @@ class Trainer:
         return mc_dropout(self.model, images, passes, seed, keys=positions, **how, **normalisation)
 
     def score(self, pool, iteration, record=None):
-        """Score and Dice of each unlabelled image of the ceal.Pool: float64 (n,) each, in the order of
-        `pool.unlabelled`. Both use the mean of the passes as prediction. The Dice is NaN if there is no mask.
+        """What is known of each unlabelled image of the ceal.Pool, in the order of `pool.unlabelled`, a Scored. The
+        mean of the passes is the prediction.
 
         record: a file that takes the results of each chunk, so that an interrupted scoring continues."""
         done = read_record(record, iteration)
@@ -282,12 +293,11 @@ class Trainer:
             if record:
                 with naming(record), open(record, "a") as file:
                     file.write(json.dumps([iteration, *rated]) + "\n")
-        scores, dice = (np.concatenate(values) for values in zip(*done))
-        return scores, dice
+        return Scored(*(np.concatenate(values) for values in zip(*done)))
 
     def rate(self, chunks, iteration):
-        """Yield the scores and the Dice, two lists, of each 16 images of the chunks, in order. chunks: a list of
-        positions. Threads read images and compute scores while the network works on another chunk."""
+        """Yield a Scored of lists of each 16 images of the chunks, in order. chunks: a list of positions. Threads read
+        images and compute scores while the network works on another chunk."""
 
         def read(positions):
             return positions, self.dataset.images(positions)
@@ -296,7 +306,8 @@ class Trainer:
             positions, mean, uncertainty = maps
             scores = [ceal.uncertainty_score(u, m, self.config.distance) for u, m in zip(uncertainty, mean)]
             dice = segmentation_metrics(self.dataset.masks(positions), mean > 0.5)["dice"]
-            return scores, np.where(self.dataset.has_mask[positions], dice, np.nan).tolist()
+            dice = np.where(self.dataset.has_mask[positions], dice, np.nan).tolist()
+            return Scored(scores, dice, (mean > 0.5).sum((1, 2)).tolist(), expected_agreement(mean).tolist())
 
         pictures = map_in_order(read, chunks, workers=1)
         maps = ((positions, *self.uncertainty(positions, iteration, images)) for positions, images in pictures)

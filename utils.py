@@ -333,3 +333,15 @@ def segmentation_metrics(truth, prediction):
         "accuracy": (true_positive + true_negative) / truth.shape[1],
         "threshold_jaccard": np.where(jaccard >= 0.65, jaccard, 0.0),
     }
+
+
+LIKELY_DISPUTED = 0.75  # specialists are likely to disagree on an image whose expected agreement is lower
+
+
+def expected_agreement(probability):
+    """The Dice of two masks whose pixels are lesion with the probabilities of a map, independently: sum(p^2) / sum(p).
+
+    probability: (N, H, W). Returns float64 (N,) in [0, 1], 1 for an empty map. It compares two people as far as the
+    network is as unsure as they are."""
+    total, square = (np.sum(values, (1, 2), dtype=np.float64) for values in (probability, np.square(probability)))
+    return np.where(total > 0, square / np.maximum(total, np.finfo(float).tiny), 1.0)

@@ -109,10 +109,9 @@ def trainer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(trainer, tmp_path_factory):
-    """Scores, Dice and the record of one process."""
+    """What one process finds, arrays, and its record."""
     record = tmp_path_factory.mktemp("alone") / "record"
-    scores, dice = trainer.score(pool(), 1, record)
-    return scores, dice, record.read_text()
+    return *trainer.score(pool(), 1, record), record.read_text()
 
 
 def pool():
@@ -121,7 +120,7 @@ def pool():
 
 @pytest.fixture
 def score(trainer, workers, alone, tmp_path, monkeypatch):
-    """A function that scores on the workers and checks that all is as with one process: scores, Dice and record."""
+    """A function that scores on the workers and checks that all is as with one process, the record too."""
     record = tmp_path / "record"
 
     def score(begun=""):
@@ -130,7 +129,7 @@ def score(trainer, workers, alone, tmp_path, monkeypatch):
         found = trainer.score(pool(), 1, record)
         for values, expected in zip(found, alone):
             np.testing.assert_array_equal(values, expected, strict=True)
-        assert record.read_text() == alone[2]
+        assert record.read_text() == alone[-1]
 
     return score
 
@@ -151,7 +150,7 @@ def test_two_nodes_score_as_one_process_bit_for_bit(score, workers, capsys):
 @needs_ray
 @pytest.mark.cluster
 def test_a_scoring_goes_on_where_one_process_or_the_cluster_left_it(score, trainer, alone, tmp_path):
-    lines = alone[2].splitlines(keepends=True)
+    lines = alone[-1].splitlines(keepends=True)
     score("".join(lines[:17]))
     trainer.cluster, record = None, tmp_path / "record"
     record.write_text("".join(lines[:23]))

@@ -12,6 +12,7 @@ import sampler
 import trainer
 import unet
 from config import SWITCHES, read_command_line
+from experiment import ARMS
 from utils import UserError
 
 
@@ -19,6 +20,7 @@ def test_the_names_of_the_choices_are_those_of_the_tables():
     assert tuple(unet.LOSSES) == config.LOSSES
     assert tuple(unet.PRECISIONS) == config.PRECISIONS
     assert tuple(sampler.MEASURES) == config.MEASURES
+    assert {changes["start"] for changes in ARMS.values() if "start" in changes} == set(config.STARTS)
     assert all(trainer.learning_rate(schedule, 0.5) <= 1 for schedule in config.SCHEDULES)
     assert all(hasattr(keras.initializers, name) for name in config.INITIALIZERS)
 

@@ -762,6 +762,59 @@ def test_too_few_masks_for_the_test_are_refused_with_their_numbers():
         data.split(dataset, 10, 200, 21)
 
 
+@pytest.fixture
+def pictured(monkeypatch):
+    """`fake_dataset` of 2000 images, whose thumbnails are points in three clouds, in turn."""
+    dataset = fake_dataset(2000)
+    monkeypatch.setattr(data, "thumbnails", lambda _, positions: np.stack([positions % 3 * 9, positions / 1e4], 1))
+    return dataset
+
+
+@pytest.mark.parametrize("start", ["random", "typical"])
+@pytest.mark.parametrize("counts", [(600, 1000, 400), (100, 1500, 400), (9, 6, 10)])
+def test_a_new_start_has_other_labels_and_the_same_test_images(pictured, start, counts):
+    parts = data.split(pictured, *counts)
+    starts = [data.start_anew(parts, pictured, start, seed) for seed in (1, 1, 2)]
+    for found in starts:
+        assert tuple(map(len, found)) == counts
+        np.testing.assert_array_equal(found.test, parts.test)
+        assert sorted([*found.initial, *found.pool]) == sorted([*parts.initial, *parts.pool])
+        assert all((np.diff(positions) > 0).all() for positions in found)
+        sides = [set(pictured.ids[positions]) for positions in found]
+        for one, other in data.NEAR_DUPLICATES:
+            assert [one in side for side in sides] == [other in side for side in sides]
+    np.testing.assert_array_equal(starts[0].initial, starts[1].initial)
+    assert (starts[0].initial != starts[2].initial).any()
+    assert (starts[0].initial != parts.initial).any()
+
+
+def test_without_a_new_start_the_split_is_as_it_was(pictured):
+    parts = data.split(pictured)
+    assert data.start_anew(parts, pictured, "random", 0) is parts
+
+
+def test_typical_first_labels_are_of_every_kind_of_image(pictured):
+    found = data.start_anew(data.split(pictured, 9, 1591, 400), pictured, "typical", 1)
+    assert np.bincount(found.initial % 3).min() >= 2
+
+
+def test_first_labels_of_a_new_start_are_those_with_a_mask(pictured):
+    pictured.has_mask[1000:] = False
+    parts = data.split(pictured, 30, 600, 20)
+    for start in "random", "typical":
+        assert pictured.has_mask[data.start_anew(parts, pictured, start, 1).initial].all()
+
+
+def test_a_thumbnail_has_the_means_of_16_times_16_parts(small):
+    with data.Dataset(small[0]) as dataset:
+        height, width = dataset.height // 16, dataset.width // 16
+        image = dataset.images([1])[0].astype(float)
+        (found,) = data.thumbnails(dataset, [1])
+        assert found.shape == (256 * dataset.channels,)
+        third = image[:height, 2 * width : 3 * width].mean((0, 1))  # of the first row
+        np.testing.assert_allclose(found[2 * dataset.channels : 3 * dataset.channels], third, rtol=1e-5)
+
+
 # --------------------------------------------------------------------------------------------------- synthetic lesions
 
 

@@ -471,9 +471,15 @@ def test_a_damaged_file_of_an_unfinished_run_is_named(refused, half_run, name, s
     assert f"{half_run / name}: {said}" in refused(half_run)
 
 
-@pytest.mark.parametrize("line", ["[2, [0.5], [0.5]", "5", "null", '{"a": 1}', "\x00\x00", "[1, [0.1], [0.2]]\n"])
+OLDER = "[2, [0.5], [0.5]]\n"  # of a version that recorded only scores and Dice: this scoring begins again
+
+
+@pytest.mark.parametrize(
+    "line", ["[2, [0.5], [0.5]", "5", "null", '{"a": 1}', "\x00\x00", "[1, [1], [1], [1], [1]]\n", OLDER]
+)
 def test_a_damaged_scoring_record_is_cut(tmp_path, line):
     record = tmp_path / "record"
-    record.write_text("[2, [0.25], [0.75]]\n" + line)
-    assert read_record(record, 2) == [[[0.25], [0.75]]]
-    assert record.read_text() == "[2, [0.25], [0.75]]\n"
+    whole = "[2, [0.25], [0.75], [7], [0.5]]\n"
+    record.write_text(whole + line)
+    assert read_record(record, 2) == [[[0.25], [0.75], [7], [0.5]]]
+    assert record.read_text() == whole

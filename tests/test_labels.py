@@ -94,6 +94,59 @@ def test_the_networks_are_those_of_final_steps(go, done, tmp_path, monkeypatch, 
     assert (folder / "out" / "figures" / "labels.png").exists()
 
 
+def test_a_mixture_takes_the_queries_of_both_in_turn_without_those_that_people_dispute(done):
+    folder, options = done
+    base = labels.read_config(options)
+    run, config = Run("scarce", "ceal+random", 1), configure(Run("scarce", "ceal", 1), base)
+    with Dataset(folder / "blobs.h5") as dataset:
+        parts = split(dataset, config.initial, config.pool, config.test, config.split_seed)
+        both = [
+            [id for k in (1, 2, 3) for id in order_of(folder / "runs" / "out" / f"scarce-{arm}-1", k)]
+            for arm in ("ceal", "random")
+        ]
+        expected = list(dict.fromkeys(id for pair in zip(*both) for id in pair))
+        for annotations in 2, 9, 2 + len(expected):
+            pool, _ = labels.mixed_labels(run, base, dataset, parts, folder / "out", annotations, ())
+            positions, masks = pool.training_set()
+            assert dataset.ids[positions].tolist()[2:] == expected[: annotations - 2]
+            np.testing.assert_array_equal(masks, dataset.masks(positions))
+        with pytest.raises(
+            UserError, match=rf"--at 39: scarce-ceal\+random-1 has from 2 to {2 + len(expected)} labels"
+        ):
+            labels.mixed_labels(run, base, dataset, parts, folder / "out", 39, ())
+        disputed = {both[0][0], both[0][5], both[0][8]}
+        alone = run._replace(arm="ceal-disputed")
+        pool, _ = labels.mixed_labels(alone, base, dataset, parts, folder / "out", 2 + 15, disputed)
+        assert dataset.ids[pool.training_set()[0]].tolist()[2:] == [id for id in both[0] if id not in disputed]
+
+
+def order_of(run, iteration):
+    """The ids that a run's iteration asked for, in their order."""
+    rows = read_csv(run / f"iteration_{iteration:02d}" / "queries.csv")
+    return [row["id"] for row in rows if row["group"] != "pseudo"]
+
+
+def test_a_mixture_is_trained_and_in_the_table(go, done, capsys):
+    folder, _ = done
+    (folder / "people.csv").write_text("id,dice\nB_0000001,0.2\nB_0000002,0.9\n")
+    go("--arms", "random+ceal-disputed", "--seeds", "1", "--at", "8", "--agreement", "people.csv")
+    assert "| scarce | random+ceal-disputed | 8 | 1 |" in capsys.readouterr().out
+
+
+def test_the_final_networks_are_measured_on_images_held_out(done, monkeypatch):
+    """With --validation, for choosing: the test images are not looked at."""
+    folder, options = done
+    monkeypatch.chdir(folder)
+    arguments = f"labels.py --out held --arms random --seeds 1 --at 2 --validation 8 {' '.join(options)}"
+    monkeypatch.setattr("sys.argv", arguments.split())
+    labels.main()
+    measured = {row["id"] for row in read_csv(folder / "held" / "final" / "scarce-random-1-2" / "test.csv")}
+    with Dataset(folder / "blobs.h5") as dataset:
+        test = set(dataset.ids[split(dataset, 12, 30, 10).test])
+    assert len(measured) == 8
+    assert not measured & test
+
+
 def test_networks_that_are_there_are_not_trained_again(go, monkeypatch):
     go("--arms", "random", "--seeds", "1", "--at", "8")
     monkeypatch.setattr(labels, "labels_after", lambda *_: pytest.fail("trained again"))
@@ -107,8 +160,11 @@ def test_networks_that_are_there_are_not_trained_again(go, monkeypatch):
         ("--seeds one", "must be numbers"),
         (
             "--seeds 7 --arms ceal --at 8",
-            r"scarce-ceal-7/queries\.csv is missing: do this run with reproduce\.py first",
+            r"scarce-ceal-7 does not have the run's queries: do this run with reproduce\.py first",
         ),
+        ("--arms ceal+full", "full: not an arm that chooses labels"),
+        ("--arms ceal-disputed", "ceal-disputed: give --agreement"),
+        ("--arms ceal --agreement none.csv", r"none\.csv does not exist"),
     ],
 )
 def test_what_cannot_be_done_is_said(go, arguments, said):

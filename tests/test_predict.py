@@ -73,6 +73,27 @@ def test_masks_have_the_images_size_and_the_challenges_scorer_takes_them(run_scr
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == [f"ISIC_{n:07d}" for n in range(20)]
     assert all(float(row["uncertainty"]) > 0 for row in rows)
+    assert all(0 < float(row["agreement"]) <= 1 for row in rows)
+
+
+def test_images_on_which_specialists_may_disagree_are_named(tmp_path, capsys):
+    """The Dice that two masks drawn with these probabilities would have is 0.5 for the first, 0.9 for the second."""
+    (tmp_path / "uncertainty").mkdir()
+    maps = {"unsure": 0.5, "sure": 0.9}
+    for name in maps:
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+    mean = {name: np.full((16, 16), value, np.float32) for name, value in maps.items()}
+    options = predict.Options(tmp_path, passes=2)
+    results = [
+        predict.save_results(tmp_path / f"{name}.png", (32, 32), mean[name], mean[name] * 0.1, mean[name], options)
+        for name in maps
+    ]
+    predict.report_uncertainty(results, tmp_path / "uncertainty")
+    said = "specialists are likely to disagree on 1 of 2 images (expected agreement below 0.75): unsure;"
+    assert said in capsys.readouterr().out
+    with open(tmp_path / "uncertainty" / "scores.csv") as file:
+        found = {row["name"]: float(row["agreement"]) for row in csv.DictReader(file)}
+    assert found == pytest.approx(maps)
 
 
 def test_a_bad_image_is_named_and_the_rest_is_done(run_script, lesions, unet_weights):

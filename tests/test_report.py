@@ -17,7 +17,7 @@ import report
 import train
 from data import Dataset, Row, write_dataset
 from quality import write_answers, write_quality
-from report import Axes, Page, Room, make_page, ticks
+from report import Axes, Page, Room, make_page, read_scores, ticks
 from run_folder import HISTORY
 from utils import read_csv, write_csv
 
@@ -152,10 +152,13 @@ def test_the_page_of_a_finished_run(a_run):
     assert f"python predict.py IMAGES --weights {a_run}/iteration_02/model.weights.h5 --out masks" in reader.text
     assert "This run has no test images" in reader.text
     asked = [row for row in read_csv(a_run / "iteration_02" / "queries.csv") if row["group"] != "pseudo"]
-    scores = {row["id"]: float(row["uncertainty"]) for row in read_csv(a_run / "iteration_02" / "scores.csv")}
+    scored = read_csv(a_run / "iteration_02" / "scores.csv")
+    scores = {row["id"]: float(row["uncertainty"]) for row in scored}
+    disputed = {row["id"] for row in scored if float(row["agreement"]) < 0.75}
     for row, answer in zip(asked, read_csv(a_run / "iteration_02" / "answers.csv")):
         assert answer["id"] == row["id"]
-        named = f"score {scores[row['id']]:.3g}"
+        words = ", specialists are likely to disagree" * (row["id"] in disputed)
+        named = f"score {scores[row['id']]:.3g}{words}"
         assert row["id"] in reader.text
         assert named in reader.text
         assert f"Dice of proposal and answer {float(answer['dice']):.3f}" in reader.text
@@ -163,6 +166,12 @@ def test_the_page_of_a_finished_run(a_run):
     assert len(reader.pictures) == 4 * 4 + 4
     quality = read_csv(a_run / "quality.csv")[2]
     assert f"(Dice {float(quality['stability']):.3f})" in reader.text
+
+
+def test_images_on_which_specialists_may_disagree_are_marked(tmp_path):
+    rows = [("a", 0.5, "", 0.74), ("b", 0.25, "", 0.75), ("c", 3, "", "")]
+    write_csv(tmp_path / "scores.csv", ["id", "uncertainty", "dice", "agreement"], rows)
+    assert read_scores(tmp_path) == {"a": "0.5, specialists are likely to disagree", "b": "0.25", "c": "3"}
 
 
 def test_the_page_is_made_anew_from_the_folder_alone(a_run, dataset):

@@ -61,10 +61,17 @@ def test_every_arm_is_what_its_name_says():
     assert {arm for arm, counts in pseudo.items() if counts == (0, 0)} == {
         "no_pseudo",
         "random",
+        "random_start",
+        "typical_start",
         "no_queries",
         "full_in_stages",
     }
-    assert {arm for arm, c in config.items() if c.query == "uniform"} == {"random", "random_pseudo"}
+    starts = {"random_start", "typical_start"}
+    assert {arm for arm, c in config.items() if c.query == "uniform"} == {"random", "random_pseudo", *starts}
+    assert {arm for arm, c in config.items() if c.start == "typical"} == {"typical_start"}
+    assert {arm for arm, c in config.items() if c.initial_seed} == starts
+    assert configure(Run("scarce", "random_start", 7), PAPER).initial_seed == 7
+    assert {arm for arm, c in config.items() if c.query in ("undisputed", "strata")} == {"undisputed", "strata"}
     assert {arm: c.uncertainty for arm, c in config.items() if c.uncertainty != "variance"} == {
         "entropy": "entropy",
         "bald": "bald",
@@ -84,6 +91,9 @@ def test_every_arm_is_what_its_name_says():
         ("ceal", "random", 1),
         ("bald", "entropy", 1),
         ("random", "no_queries", 1),
+        ("strata", "undisputed", 1),
+        ("random", "random_start", 0),  # other labels at first
+        ("random_start", "typical_start", 0),
         ("no_queries", "full_in_stages", 0),
         ("ceal", "full", 0),
         ("ceal", "ceal", 0),
@@ -94,6 +104,22 @@ def test_arms_share_the_iterations_in_which_they_do_not_differ(one, other, share
     assert common_iterations(*runs, PAPER) == common_iterations(*runs[::-1], PAPER) == shared
     assert common_iterations(runs[0], Run("scarce", other, 2), PAPER) == 0
     assert common_iterations(runs[0], Run("paper", other, 1), PAPER) == 0
+
+
+def test_images_for_validation_come_on_top_of_the_first_labels():
+    """Every arm of a regime then has as many labels as without, and the same images held out."""
+    base = read_config(["--validation", "300"])
+    for regime, initial in ("scarce", 100), ("paper", 600):
+        for arm in set(ARMS) - {"full", "full_in_stages"}:
+            config = configure(Run(regime, arm, 1), base)
+            assert (config.initial, config.pool, config.validation) == (initial + 300, 1300 - initial, 300)
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("3", [1, 2, 3]), ("6-8", [6, 7, 8]), ("2-2", [2]), ("x", []), ("3-1", [])]
+)
+def test_seeds_are_a_number_or_a_range(text, seeds):
+    assert list(reproduce.seeds_of(text)) == seeds
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
@@ -385,7 +411,8 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
 def test_wrong_options_are_refused_by_name(wrong, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UserError, match=r"cael|scarc:|--only|--seeds|--report|--iterations 0|--passes 0|--test 0 or 1|each run has"
+        UserError,
+        match=r"cael|scarc:|--only|--seeds|--report|--iterations 0|--passes 0|--validation|each run has",
     ):
         start(monkeypatch, "--out", "res", *wrong.split())
     assert list(tmp_path.iterdir()) == []

@@ -129,11 +129,18 @@ def test_a_run_of_an_earlier_version_goes_on(begun):
 def test_scores_are_read_back_as_they_were_written(tmp_path):
     ids = np.array(["a", "b,c", 'd"e', "\udcff"], object)
     scores, dice = np.array([0.1, 1e-17, 12345678.000000001, 3.0]), np.array([np.nan, 0.0, 1.0, 2 / 3])
-    write_scores(ids, scores, dice, tmp_path)
+    write_scores(ids, scores, dice, np.array([0.1, 0.2, 0.3, 1 / 3]), tmp_path)
     write_queries(ids, {"random": [2], "pseudo": [3, 0]}, tmp_path)
     found, *numbers, groups = read_selection(tmp_path)
     assert found == ids.tolist()
     np.testing.assert_array_equal(numbers, [scores, dice])
     assert {group: at.tolist() for group, at in groups.items() if len(at)} == {"random": [2], "pseudo": [3, 0]}
     assert [row["dice"] for row in read_csv(tmp_path / "scores.csv")][:2] == ["", "0.0"]
+    assert [row["agreement"] for row in read_csv(tmp_path / "scores.csv")][3] == str(1 / 3)
     assert read_scores(tmp_path / "scores.csv")[0] == ids.tolist()
+
+
+def test_scores_of_an_earlier_version_are_read(tmp_path):
+    (tmp_path / "scores.csv").write_text("id,uncertainty,dice\na,1.5,\nb,2.5,0.75\n")
+    ids, scores, dice = read_scores(tmp_path / "scores.csv")
+    assert (ids, scores.tolist(), dice[1], np.isnan(dice[0])) == (["a", "b"], [1.5, 2.5], 0.75, True)

@@ -11,7 +11,7 @@ from conftest import ROOT
 import ceal
 from config import Config
 from experiment import ARMS
-from strategies import STRATEGIES, no_queries, paper, power, uniform
+from strategies import STRATEGIES, no_queries, paper, power, select, strata, typical, uniform
 
 
 def asking(count):
@@ -48,6 +48,51 @@ def test_the_papers_strategy_asks_for_the_three_groups_of_the_config():
     }
 
 
+def test_strata_are_of_the_predicted_size_and_share_the_queries():
+    """Ten empty predictions, then three sizes of lesions, thirty of each; a stratum that is too small is emptied."""
+    sizes, config = np.repeat([0, 5, 50, 500], [10, 30, 30, 30]), SimpleNamespace(asked=20, iterations=9)
+    scores = np.random.default_rng(0).random(100) * sizes
+    groups = strata(scores, np.random.default_rng(1), config, sizes, 1)
+    chosen = np.concatenate(list(groups.values()))
+    assert [int((sizes[chosen] == size).sum()) for size in (0, 5, 50, 500)] == [5, 5, 5, 5]
+    assert sizes[groups["no_detection"]].tolist() == [0] * 5
+    config.asked = 60
+    chosen = np.concatenate(list(strata(scores, np.random.default_rng(1), config, sizes, 1).values()))
+    counts = [int((sizes[chosen] == size).sum()) for size in (0, 5, 50, 500)]
+    assert counts[0] == 10
+    assert sum(counts) == 60
+    assert max(counts[1:]) - min(counts[1:]) <= 1
+
+
+def test_the_noise_of_strata_decays():
+    """Of lesions of one size, later iterations ask for the highest scores, the first one less strictly."""
+    scores, sizes, config = np.linspace(0.5, 1.5, 300), np.full(300, 9), SimpleNamespace(asked=30, iterations=9)
+
+    def mean_rank(iteration):
+        found = [strata(scores, np.random.default_rng(seed), config, sizes, iteration) for seed in range(40)]
+        return np.mean([np.concatenate(list(groups.values())).mean() for groups in found])
+
+    ranks = [mean_rank(iteration) for iteration in (1, 5, 9)]
+    assert 150 < ranks[0] < ranks[1] < ranks[2]
+    assert ranks[0] < 220
+    assert ranks[2] > 250
+
+
+def test_typical_images_are_in_the_middle_of_each_group_of_alike_images():
+    """Three clouds and one stray point: the first three are one near the middle of each cloud."""
+    rng = np.random.default_rng(0)
+    middles = np.array([[0, 0], [10, 0], [0, 10]])
+    points = np.concatenate([*(rng.normal(middle, 1, (40, 2)) for middle in middles), [[40, 40]]])
+    for seed in range(5):
+        chosen = typical(points, 4, np.random.default_rng(seed))
+        assert len(set(chosen.tolist())) == 4
+        assert 120 not in chosen
+        assert {int(position) // 40 for position in chosen} == {0, 1, 2}
+        assert all(np.hypot(*(points[n] - middles[n // 40])) < 1.2 for n in chosen[:3])
+    assert sorted(typical(points, 200, rng)) == list(range(121))
+    assert len(typical(np.zeros((50, 2)), 7, rng)) == 7
+
+
 def test_without_queries_nothing_is_selected_and_nothing_is_drawn():
     rng = np.random.default_rng(0)
     before = rng.bit_generator.state
@@ -58,8 +103,8 @@ def test_without_queries_nothing_is_selected_and_nothing_is_drawn():
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("count", [0, 3, 50])
 def test_every_strategy_selects_each_position_once_and_no_more_than_there_are(name, count):
-    config = Config(query=name)
-    groups = STRATEGIES[name].select(np.linspace(0, 1, count), np.random.default_rng(0), config)
+    config, seen = Config(query=name), {"sizes": np.arange(count) // 2, "agreement": np.linspace(0, 1, count)}
+    groups = select(np.linspace(0, 1, count), np.random.default_rng(0), config, {**seen, "iteration": 1})
     positions = np.concatenate(list(groups.values()))
     assert len(set(positions.tolist())) == len(positions) == min(config.asked, count)
     assert set(groups) <= {"no_detection", "most_uncertain", "random"}
@@ -73,10 +118,11 @@ NEW_STRATEGY = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import strategies
-def highest(scores, rng, config):
+def highest(scores, rng, config, agreement, iteration):
     'The highest scores.'
+    assert len(agreement) == len(scores) and iteration == 1
     return {"most_uncertain": scores.argsort()[::-1][: config.asked]}
-strategies.STRATEGIES["highest"] = strategies.Strategy(highest)
+strategies.STRATEGIES["highest"] = strategies.Strategy(highest, sees=("agreement", "iteration"))
 import experiment, train, utils
 assert experiment.ARMS["highest"] == {"query": "highest"} and "highest" in experiment.STYLES
 utils.run_command(train.main)

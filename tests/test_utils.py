@@ -22,6 +22,7 @@ from utils import (
     FileInUse,
     UserError,
     derived_seed,
+    expected_agreement,
     map_in_order,
     open_hdf5,
     reserve,
@@ -374,3 +375,14 @@ def test_a_disk_without_locks_is_read(hdf5, monkeypatch, number, readable):
         with pytest.raises(FileInUse, match="is open in another program; close it there"):
             open_hdf5(hdf5)
     assert tried == [None, False]
+
+
+def test_the_expected_agreement_is_the_dice_of_two_drawn_masks():
+    rng = np.random.default_rng(0)
+    probability = rng.random((3, 40, 50)) ** np.array([1, 4, 0.2])[:, None, None]
+    one, other = (rng.random((200, 3, 40, 50)) < probability for _ in range(2))
+    drawn = [segmentation_metrics(one[:, n], other[:, n])["dice"].mean() for n in range(3)]
+    np.testing.assert_allclose(expected_agreement(probability), drawn, atol=0.01)
+    certain = np.zeros((2, 8, 8), np.float32)
+    certain[0, 2:5] = 1
+    assert expected_agreement(certain).tolist() == [1, 1]
