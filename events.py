@@ -11,6 +11,7 @@ from PIL import Image
 from devices import tf
 from report import draw_outline
 from run_folder import HISTORY
+from utils import read_csv
 
 EXAMPLES = 4  # images whose masks are shown
 Metadata = tf.compat.v1.SummaryMetadata
@@ -47,17 +48,18 @@ class Events:
         self.writer.flush()
         self.steps = []
 
-    def iteration(self, row, scores, trainer):
-        """Write the row of history.csv, a histogram of the pool's scores, a dict of id to float, and the examples'
-        masks by the Trainer's network."""
+    def iteration(self, row, folder, trainer):
+        """Write the row of history.csv, a histogram of the scores in the iteration's folder, and the examples' masks by
+        the Trainer's network."""
         self.write_steps()
         number = int(row["iteration"])
         with self.writer.as_default():
             for name in HISTORY[1:]:
                 if row[name]:
                     write(f"history/{name}", tf.constant(float(row[name])), number, "scalars", "SCALAR")
-            if scores:
-                counts, edges = np.histogram(list(scores.values()), 30)
+            if (folder / "scores.csv").exists():
+                scores = [float(row["uncertainty"]) for row in read_csv(folder / "scores.csv")]
+                counts, edges = np.histogram(scores, 30)
                 bins = np.stack([edges[:-1], edges[1:], counts], axis=1)
                 write("pool/scores", tf.constant(bins), number, "histograms", "TENSOR")
             if len(self.examples):

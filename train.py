@@ -24,7 +24,7 @@ from data import Dataset, draw_row, split_of_run, write_dataset
 from oracle import Unanswered, find_oracle
 from process import outlasting_output, stopped_at_once
 from quality import Quality, sentence, write_quality
-from report import Page, draw_overview, draw_selection, read_scores
+from report import Page, draw_overview, draw_selection
 from run_folder import (
     HISTORY,
     INITIAL,
@@ -77,7 +77,7 @@ def run_loop(trainer, parts, run, oracle):
         write_history(history, run)
         print_iteration(history[-1], write_quality(run, len(history))[-1])
         if trainer.events:
-            trainer.events.iteration(history[-1], read_scores(run / f"iteration_{iteration:02d}"), trainer)
+            trainer.events.iteration(history[-1], run / f"iteration_{iteration:02d}", trainer)
         page.update()
     for leftover in trainer.leftovers:  # of a start that was killed before it removed them
         leftover.unlink(missing_ok=True)

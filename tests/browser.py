@@ -9,7 +9,7 @@ import requests
 
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the name of an element's number in the protocol
-OPTIONS = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1400,1100"]
+OPTIONS = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
 
 
 class Browser:
@@ -17,12 +17,13 @@ class Browser:
 
     SECONDS = 90
 
-    def __init__(self, folder, port):
-        """folder: for the profile; port: a free one."""
+    def __init__(self, folder, port, size=(1400, 1100)):
+        """folder: for the profile; port: a free one; size: of the window, in pixels."""
         command = [DRIVER, f"--port={port}", f"--log-path={folder / 'driver.log'}"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._address = f"http://127.0.0.1:{port}/session"
         options = {"binary": BROWSER, "args": [*OPTIONS, f"--user-data-dir={folder / 'profile'}"]}
+        options["args"].append(f"--window-size={size[0]},{size[1]}")
         wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
         self._wait(lambda: requests.get(self._address.replace("/session", "/status"), timeout=5).ok, "the driver")
         self._address += "/" + self._call("POST", "", wanted)["sessionId"]

@@ -7,7 +7,6 @@ each image that the run asks for as a polygon with the mouse, or submits the pro
 OUT gets the run and screenshots of its page. Needs what `make test-labelstudio` needs.
 """
 
-import json
 import re
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from test_labelstudio_real import EMAIL, PASSWORD, PLACE, READY, REGIONS, Studio
 from brush import join
 from utils import segmentation_metrics
 
-CORNERS = 30  # of a drawn outline, at most
+CORNERS, APART = 30, 4  # corners of a drawn outline, at most, and their least distance in percent of the image's size
 SETTINGS = """
     --preset quick --initial 20 --pool 40 --test 0 --iterations 3 --initial-steps 600 --active-steps 150
     --no-detection 2 --most-uncertain 3 --random 3 --audit 2 --pseudo-start 2 --pseudo-first 4 --pseudo-step 2
@@ -54,7 +53,7 @@ def outline(mask):
 
 def log_in(studio, folder):
     """A Browser in which the annotator is logged in."""
-    browser = Browser(folder, free_port())
+    browser = Browser(folder, free_port(), (1400, 1500))  # so that a square photograph is seen whole
     browser.open(f"{studio.url}/user/login/")
     browser.type("[name=email]", EMAIL)
     browser.type("[name=password]", PASSWORD)
@@ -76,6 +75,7 @@ def annotate(browser, studio, address, masks):
         task = open_tasks[number]
         time.sleep(1)
         mask = masks[task["data"]["id"]]
+        browser.wait("return document.querySelector('img[alt=image]').getBoundingClientRect().width > 200")
         proposals = [p["result"] for p in task["predictions"] if p["result"]]
         if proposals and segmentation_metrics(mask, join(proposals[0], "Lesion", *mask.shape))["dice"] >= 0.9:
             accepted += 1
@@ -88,16 +88,21 @@ def annotate(browser, studio, address, masks):
 
 
 def draw(browser, corners, proposed):
-    """Remove the proposed mask, if there is one, and draw a polygon."""
-    if proposed:
-        browser.click(".lsf-outliner-item")
-        browser.press("\ue003")  # Backspace
-        browser.wait(f"{REGIONS} == 0")
-    x, y, width, height = browser.run(PLACE)
-    browser.press("2")
-    points = [(x + width * px / 100, y + height * py / 100) for px, py in corners]
-    browser.mouse([*points, points[0]])
-    browser.wait(f"{REGIONS} == 1")
+    """Remove the proposed mask, if there is one, and draw a polygon; anew if a click was lost."""
+    for _ in range(3):
+        if proposed:
+            browser.click(".lsf-outliner-item")
+            browser.press("\ue003")  # Backspace
+            browser.wait(f"{REGIONS} == 0")
+        x, y, width, height = browser.run(PLACE)
+        browser.press("2")
+        points = [(x + width * px / 100, y + height * py / 100) for px, py in corners]
+        browser.mouse([*points, points[0]])
+        browser.wait(f"{REGIONS} == 1")
+        if browser.run("return Htx.annotationStore.selected.regions[0].closed"):
+            return
+        proposed = True
+    raise TimeoutError("the polygon stays open")
 
 
 def wait_for(found, seconds=60):
@@ -142,7 +147,6 @@ def main(isic, out, count=60):
         browser.close()
         studio.kill()
     print((run / "quality.csv").read_text())
-    print(json.dumps({id: bool(mask.any()) for id, mask in masks.items()})[:80])
 
 
 if __name__ == "__main__":
