@@ -42,7 +42,9 @@ MEASURES = {
 }
 
 
-def mc_dropout(model, images, passes, seed, keys=None, batch_size=16, mean=0.0, std=1.0, measure="variance", xla=False):
+def mc_dropout(
+    model, images, passes, seed, keys=None, batch_size=16, mean=0.0, std=1.0, measure="variance", xla=False, reduce=None
+):
     """Mean and uncertainty map of `passes` stochastic predictions of each image (the paper's section 2 and Fig. 1).
 
     images: uint8 or float32 (N, H, W, C). The network's input is (images - mean) / std; mean and std are one float or
@@ -52,30 +54,31 @@ def mc_dropout(model, images, passes, seed, keys=None, batch_size=16, mean=0.0, 
     mean entropy of the predictions. keys: an int per image that identifies it, such as its position in the data set;
     without keys its pixels do. The dropout mask of a pass depends only on (seed, the image's key, the number of the
     pass), not on batch size, order, other images or the number of devices. batch_size: images per device at a time.
-    xla: compile with XLA, which takes some ten seconds, once; every batch is then filled up to `batch_size`.
+    xla: compile with XLA, which takes some ten seconds, once; every batch is then filled up to `batch_size`. reduce: a
+    function of the two maps' tensors to a tuple of tensors with a row per image, which are returned in their place.
     """
     if passes < 1:
         raise ValueError(f"passes must be at least 1, not {passes}")
     images = np.ascontiguousarray(images, None if images.dtype == np.uint8 else np.float32)
     image_seeds = _image_seeds(images if keys is None else np.asarray(keys, np.int64), seed)
     constants = np.int64(passes), np.atleast_1d(np.float32(mean)), np.atleast_1d(np.float32(std))
-    maps = np.empty((2, *images.shape[:3]), np.float32)
+    if not len(images):
+        return tuple(np.empty((2, *images.shape[:3]), np.float32))
     step = batch_size * model.distribute_strategy.num_replicas_in_sync
     with _one_at_a_time:  # not twice, by threads
-        sample = _sampler(model, images.dtype, measure, xla)
+        sample = _sampler(model, images.dtype, measure, xla, reduce)
 
     def compute(start):
         batch = [values[start : start + step] for values in (images, image_seeds)]
         count = len(batch[0])
         if xla:
             batch = [filled_up(values, step) for values in batch]
-        maps[:, start : start + count] = [kind[:count] for kind in _on_all_devices(model, sample, *batch, constants)]
+        return [kind[:count] for kind in _on_all_devices(model, sample, *batch, constants)]
 
     starts = range(0, len(images), step)
     # On a GPU the results of a batch are fetched during the next one.
-    for _ in map_in_order(compute, starts, workers=2) if xla else map(compute, starts):
-        pass
-    return tuple(maps)
+    results = map_in_order(compute, starts, workers=2) if xla else map(compute, starts)
+    return tuple(np.concatenate(kind) for kind in zip(*results))
 
 
 _one_at_a_time = threading.Lock()
@@ -87,7 +90,7 @@ def filled_up(values, count):
 
 
 def _on_all_devices(model, sample, images, image_seeds, constants):
-    """(mean, uncertainty) of these images, which are split among the devices of the model's strategy."""
+    """The results for these images, which are split among the devices of the model's strategy."""
     strategy = model.distribute_strategy
     maps = sample(*share_out(strategy, images, image_seeds), *map(tf.constant, constants))
     return [np.concatenate(strategy.experimental_local_results(kind)) for kind in maps]
@@ -100,8 +103,9 @@ def _image_seeds(names, seed):
 
 
 @functools.lru_cache(maxsize=4)
-def _sampler(model, dtype, measure, xla):
-    """A compiled function (images, image_seeds, passes, mean, std) -> (mean, uncertainty) for images of this dtype."""
+def _sampler(model, dtype, measure, xla, reduce):
+    """A compiled function (images, image_seeds, passes, mean, std) -> (mean, uncertainty), or what `reduce` makes of
+    them, for images of this dtype."""
     of_pass, of_all = MEASURES[measure]
     prepare = _decoder_passes(model) if _is_build_unet(model) else _whole_network_passes(model)
 
@@ -115,7 +119,8 @@ def _sampler(model, dtype, measure, xla):
             mean += (prediction - mean) / tf.cast(number + 1, tf.float32)
             if of_pass:
                 total += of_pass(prediction, before, mean)
-        return mean, of_all(mean, total / tf.cast(passes, tf.float32))
+        maps = mean, of_all(mean, total / tf.cast(passes, tf.float32))
+        return reduce(*maps) if reduce else maps
 
     strategy = model.distribute_strategy
     if strategy.num_replicas_in_sync > 1:

@@ -8,8 +8,6 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from scipy.cluster.vq import kmeans2
-from scipy.spatial import cKDTree
 
 import ceal
 
@@ -109,6 +107,9 @@ def typical(features, count, rng):
 
     After TypiClust (Hacohen et al., arXiv 2202.02794): k-means with as many clusters, at most 500, and from each
     cluster the image whose 20 nearest neighbours in it are closest. Clusters of fewer than 5 images come last."""
+    from scipy.cluster.vq import kmeans2  # here, because these take half a second to import
+    from scipy.spatial import cKDTree
+
     if count >= len(features):
         return np.arange(len(features))
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # equal images leave clusters empty, which is fine

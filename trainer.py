@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 import ceal
+import gpu_score
 from batches import Batches, augmentation, restart
 from data import normalise
 from devices import compiled, gpu_memory, keras, on_gpu, share_out, tensorflow_errors, tf, use_devices
@@ -266,13 +267,14 @@ class Trainer:
                 "them, or choose another --precision, and give another --run"
             )
 
-    def uncertainty(self, positions, iteration, images=None, passes=None):
+    def uncertainty(self, positions, iteration, images=None, passes=None, reduce=None):
         """Mean and uncertainty map of the iteration's Monte Carlo passes: float32 (n, H, W) each. images: those at
-        these positions, if they have been read already; passes: use only this many of the first passes."""
+        these positions, if they have been read already; passes: use only this many of the first passes; reduce: as for
+        mc_dropout."""
         images = self.dataset.images(positions) if images is None else images
         passes, seed = passes or self.config.passes, derived_seed(self.config.seed, iteration, "passes")
         normalisation, measure = {"mean": self.mean, "std": self.std}, self.config.uncertainty
-        how = {"batch_size": self.batch, "measure": measure, "xla": self.fast_passes}
+        how = {"batch_size": self.batch, "measure": measure, "xla": self.fast_passes, "reduce": reduce}
         return mc_dropout(self.model, images, passes, seed, keys=positions, **how, **normalisation)
 
     def score(self, pool, iteration, record=None):
@@ -282,7 +284,7 @@ class Trainer:
         record: a file that takes the results of each chunk, so that an interrupted scoring continues."""
         done = read_record(record, iteration)
         # Recorded chunks may have another size, if the number of devices has changed.
-        chunks = in_chunks(pool.unlabelled[sum(len(scores) for scores, _ in done) :], self.chunk)
+        chunks = in_chunks(pool.unlabelled[sum(len(scores) for scores, *_ in done) :], self.chunk)
         if self.cluster:
             found = self.cluster.rate(self, chunks, iteration)
         else:
@@ -302,17 +304,27 @@ class Trainer:
         def read(positions):
             return positions, self.dataset.images(positions)
 
-        def rate(maps):
-            positions, mean, uncertainty = maps
-            scores = [ceal.uncertainty_score(u, m, self.config.distance) for u, m in zip(uncertainty, mean)]
-            dice = segmentation_metrics(self.dataset.masks(positions), mean > 0.5)["dice"]
-            dice = np.where(self.dataset.has_mask[positions], dice, np.nan).tolist()
-            return Scored(scores, dice, (mean > 0.5).sum((1, 2)).tolist(), expected_agreement(mean).tolist())
+        def rate(part):
+            positions, *found = part
+            scores, lesion, agreement = found if self.one_gpu else self.scored(*found)
+            dice = segmentation_metrics(self.dataset.masks(positions), lesion)["dice"]
+            dice = np.where(self.dataset.has_mask[positions], dice, np.nan)
+            return Scored(*(values.tolist() for values in (scores, dice, lesion.sum((1, 2)), agreement)))
 
+        # On a GPU the maps stay there.
+        reduce = gpu_score.scored(self.config.distance, self.fast_passes) if self.one_gpu else None
         pictures = map_in_order(read, chunks, workers=1)
-        maps = ((positions, *self.uncertainty(positions, iteration, images)) for positions, images in pictures)
-        parts = (part for whole in maps for part in zip(*(in_chunks(values, 16) for values in whole)))
+        found = (
+            (positions, *self.uncertainty(positions, iteration, images, reduce=reduce))
+            for positions, images in pictures
+        )
+        parts = (part for whole in found for part in zip(*(in_chunks(values, 16) for values in whole)))
         yield from map_in_order(rate, parts)
+
+    def scored(self, mean, uncertainty):
+        """Of each image the score, float64 (n,), the predicted lesion, bool (n, H, W), and utils.expected_agreement."""
+        scores = [ceal.uncertainty_score(u, m, self.config.distance) for u, m in zip(uncertainty, mean)]
+        return np.array(scores), mean > 0.5, expected_agreement(mean)
 
     def save(self, path):
         """Write the weights and the settings that they need to `path`."""
