@@ -45,10 +45,12 @@ def outline(mask):
     tolerance = 0.5
     while len(corners := approximate_polygon(contour, tolerance)[:-1]) > CORNERS:
         tolerance *= 1.3
-    height, width = mask.shape
-    return [
-        (100 * (x + 0.5) / width, 100 * (y + 0.5) / height) for y, x in corners.clip(0.5, np.array(mask.shape) - 1.5)
-    ]
+    points = (100 * (corners[:, ::-1] + 0.5) / mask.shape[::-1]).clip(1, 99)
+    kept = [points[0]]  # a click on another corner would be lost
+    for point in points[1:]:
+        if min(np.hypot(*(point - kept[-1])), np.hypot(*(point - kept[0]))) >= APART:
+            kept.append(point)
+    return [tuple(point) for point in kept]
 
 
 def log_in(studio, folder):
