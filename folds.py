@@ -13,7 +13,6 @@ precision. Images of no fold, such as the test images of the default split, are 
 import argparse
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import numpy as np
 import ceal
 from config import read_config
 from data import Dataset
-from experiment import PLACE, as_written
+from experiment import PLACE, as_written, recorded_data
 from pictures import find_pairs
 from predict import mean_intervals
 from process import outlasting_output, stopped_at_once
@@ -56,33 +55,36 @@ def train_fold(options, trial, fold, folds, out):
     """Train a network on all other folds and measure it on this one, if that is not done yet: OUT/TRIAL/FOLD."""
     record, work = out / trial / fold, Path("runs") / out.name / f"{trial}-{fold}"
     count = sum(map(len, folds.values())) - len(folds[fold])
-    own = f"--run {shlex.quote(str(work))} --initial {count} --pool 0 --test {len(folds[fold])} --iterations 0"
-    config = read_config([*options, *shlex.split(own)])
-    check_trial(config, out / trial)
-    if record.exists():
-        shutil.rmtree(work, ignore_errors=True)
-        print(f"{record}: done already", flush=True)
-        return
+    own = {"run": work, "initial": count, "pool": 0, "test": len(folds[fold]), "iterations": 0}
+    config = read_config([*options, *(f"--{name}={value}" for name, value in own.items())])
+    with Dataset(config.data) as dataset:
+        check_trial(config, dataset, out / trial)
+        if not record.exists():
+            with locked(work):
+                train = positions_of([id for name in folds for id in folds[name] if name != fold], dataset)
+                train_network(config, dataset, train, positions_of(folds[fold], dataset))
+                with whole_folder(record) as folder:
+                    for name in KEPT:
+                        shutil.copy(work / name, folder)
+    shutil.rmtree(work, ignore_errors=True)
+    jaccard = float(read_csv(record / "history.csv")[0]["jaccard"])
+    print(f"{record}: Jaccard {jaccard:.4f}; weights: {work}.weights.h5", flush=True)
+
+
+def train_network(config, dataset, train, test):
+    """Train on the positions `train` in config.run, measure on `test`, and keep the weights beside the run's folder."""
     from devices import about_tensorflow, tensorflow_errors  # here, because TensorFlow takes seconds to import
     from final import train_final
     from trainer import prepare
     from unet import load_unet, save_unet
 
-    with locked(work), Dataset(config.data) as dataset:
-        prepare(config)
-        train = positions_of([id for name in folds for id in folds[name] if name != fold], dataset)
-        pool = ceal.Pool(train, dataset.masks(train), np.array([], int), positions_of(folds[fold], dataset))
-        about = begin(config, dataset, work, about_tensorflow(), train)
-        steps = config.training_steps(count, 0)
-        with tensorflow_errors():
-            train_final(config, dataset, about["normalisation"], pool, 0, steps, about.get("gpu_memory"))
-            model, settings = load_unet(work / "final" / "model.weights.h5")
-            save_unet(model, f"{work}.weights.h5", settings["mean"], settings["std"], dtype="float16")
-        with whole_folder(record) as folder:
-            for name in KEPT:
-                shutil.copy(work / name, folder)
-        shutil.rmtree(work)
-    print(f"{record}: Jaccard {float(read_csv(record / 'history.csv')[0]['jaccard']):.4f}", flush=True)
+    prepare(config)
+    pool, steps = ceal.Pool(train, dataset.masks(train), np.array([], int), test), config.training_steps(len(train), 0)
+    about = begin(config, dataset, Path(config.run), about_tensorflow(), train)
+    with tensorflow_errors():
+        train_final(config, dataset, about["normalisation"], pool, 0, steps, about.get("gpu_memory"))
+        model, settings = load_unet(f"{config.run}/final/model.weights.h5")
+        save_unet(model, f"{config.run}.weights.h5", settings["mean"], settings["std"], dtype="float16")
 
 
 def positions_of(ids, dataset):
@@ -93,16 +95,19 @@ def positions_of(ids, dataset):
     return np.sort([place[id] for id in ids])
 
 
-def check_trial(config, trial):
-    """Raise UserError if a finished fold of the trial was trained with other settings."""
-    for path in trial.glob("[!.]*/config.json"):
-        with as_written(path):
-            stored = json.loads(path.read_text())
+def check_trial(config, dataset, trial):
+    """Raise UserError if a finished fold of the trial was trained with other settings or data."""
+    for record in (path.parent for path in trial.glob("[!.]*/config.json")):
+        with as_written(record):
+            stored = json.loads((record / "config.json").read_text())
+            same_data = recorded_data(record) == dataset.fingerprint()
+        if not same_data:
+            raise UserError(f"{dataset.path}: {record} was trained on other data; give another --trial")
         for name, value in vars(config).items():
             other = stored.get(name, getattr(type(config), name))  # the record may be older than the setting
             if other != value and name not in {*PLACE, "initial", "test", "preset"}:
                 option = f"--{name.replace('_', '-')}"
-                raise UserError(f"{option} {value}: {path.parent} was trained with {other}; give another --trial")
+                raise UserError(f"{option} {value}: {record} was trained with {other}; give another --trial")
 
 
 def measure(source, options, trial, fold, ids, out):

@@ -208,9 +208,19 @@ def test_a_trial_is_measured_at_the_images_own_size(done, go):
 
 
 @pytest.mark.slow
-def test_a_trial_has_the_same_settings_in_all_folds(go):
+def test_a_trial_has_the_same_settings_and_data_in_all_folds(done, go):
     with pytest.raises(UserError, match=r"--filters 3: out/baseline/. was trained with 2; give another --trial"):
         go("--trial", "baseline", *TINY, "--filters", "3")
+    record = done / "out" / "baseline" / "a" / "environment.json"
+    kept = record.read_text()
+    record.write_text(json.dumps({**json.loads(kept), "data_fingerprint": "another"}))
+    try:
+        with pytest.raises(
+            UserError, match=r"discs.h5: out/baseline/a was trained on other data; give another --trial"
+        ):
+            go("--trial", "baseline", *TINY)
+    finally:
+        record.write_text(kept)
 
 
 @pytest.mark.parametrize(
