@@ -273,9 +273,10 @@ def mean_tversky(y_true, y_pred, real, false_positives, false_negatives, smooth=
     overlap, truth, predicted = (tf.reduce_sum(maps, [1, 2, 3]) for maps in (y_true * y_pred, y_true, y_pred))
     wrong = false_positives * (predicted - overlap) + false_negatives * (truth - overlap)
     indices = (overlap + smooth) / (overlap + wrong + smooth)
-    real = tf.ones_like(indices) if real is None else tf.reshape(real, [-1])
-    (count,) = _of_all_devices([tf.reduce_sum(real)])
-    return tf.reduce_sum(indices * real) / count
+    if real is not None:
+        return tf.reduce_sum(indices * tf.reshape(real, [-1])) / tf.reduce_sum(real)
+    (count,) = _of_all_devices([tf.cast(tf.size(indices), tf.float32)])
+    return tf.reduce_sum(indices) / count
 
 
 @keras.saving.register_keras_serializable("ceal")
