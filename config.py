@@ -15,10 +15,10 @@ from run_folder import locked, only_ours
 from strategies import STRATEGIES
 from utils import UserError
 
-# The choices that unet.py, sampler.py and trainer.py offer; a test compares these names with the tables there.
+# The choices that batches.py, unet.py, sampler.py and trainer.py offer; a test compares these names with those there.
+AUGMENTATIONS = "paper", "strong", "wild"
 INITIALIZERS = "GlorotUniform", "HeNormal"  # as published (Keras' default); as is usual before ReLU
 LOSSES = "dice", "dice_bce", "jaccard_bce", "tversky_bce"
-AUGMENTATIONS = "paper", "strong", "wild"
 MEASURES = "variance", "entropy", "bald"
 PRECISIONS = "float32", "bfloat16", "float16"
 SCHEDULES = "constant", "cosine"
