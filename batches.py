@@ -8,6 +8,7 @@ import numpy as np
 from data import normalise
 from devices import keras, tf
 from sampler import filled_up
+from synthetic import draw_artefacts
 from utils import derived_seed, map_in_order
 
 layers = keras.layers
@@ -30,10 +31,38 @@ class ColourJitter(layers.Layer):
         return tf.concat([(images - mean) * contrast + mean + brightness, masks], -1)
 
 
-def augmentation(rotation, width_shift, seed, strong=False):
+class WildColours(layers.Layer):
+    """Changes colours and light at random far more than ColourJitter: saturation, contrast, the brightness of all and
+    of each channel, light that falls off to one side and to the corners, and grain. Batches: as for ColourJitter."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.seed, self.generator = seed, keras.random.SeedGenerator(seed)
+
+    def call(self, inputs):
+        images, masks = inputs[..., :-1], inputs[..., -1:]
+        count, height, width, channels = tf.shape(images)[0], *images.shape[1:]
+
+        def draw(low, high, channels=1):
+            return keras.random.uniform((count, 1, 1, channels), low, high, seed=self.generator)
+
+        grey = tf.reduce_mean(images, -1, keepdims=True)
+        images = grey + draw(0.3, 1.6) * (images - grey)
+        mean = tf.reduce_mean(images, [1, 2], keepdims=True)
+        images = mean + draw(0.6, 1.5) * (images - mean)
+        images += draw(-0.6, 0.6) + draw(-0.5, 0.5, channels)
+        y, x = tf.linspace(-1.0, 1.0, height)[:, None, None], tf.linspace(-1.0, 1.0, width)[None, :, None]
+        images += draw(-0.4, 0.4) * y + draw(-0.4, 0.4) * x + draw(-0.6, 0.2) * (y**2 + x**2)
+        images += draw(0.0, 0.2) * keras.random.normal(tf.shape(images), seed=self.generator)
+        return tf.concat([images, masks], -1)
+
+
+def augmentation(rotation, width_shift, seed, kind="paper"):
     """Keras layers for a batch float32 (N, H, W, C) with the mask as last channel. Each image is changed at random:
-    rotated by up to `rotation` degrees either way, shifted by up to `width_shift` of its width, mirrored; if `strong`,
-    also shifted by the same share of its height, zoomed by up to 15 %, mirrored vertically and changed in colour."""
+    rotated by up to `rotation` degrees either way, shifted by up to `width_shift` of its width, mirrored. If `kind` is
+    `strong`, it is also shifted by the same share of its height, zoomed by up to 15 %, mirrored vertically and changed
+    in colour. `wild` is the same with zooms of 0.6 to 1.5 and WildColours."""
+    strong = kind != "paper"
     height_shift = width_shift if strong else 0.0
     movements = [
         layers.RandomRotation(rotation / 360, fill_mode="nearest", seed=derived_seed(seed, "rotation")),
@@ -41,8 +70,9 @@ def augmentation(rotation, width_shift, seed, strong=False):
         layers.RandomFlip("horizontal_and_vertical" if strong else "horizontal", seed=derived_seed(seed, "flip")),
     ]
     if strong:
-        zoom = layers.RandomZoom((-0.15, 0.15), fill_mode="nearest", seed=derived_seed(seed, "zoom"))
-        movements += [zoom, ColourJitter(derived_seed(seed, "colours"))]
+        zooms, colours = ((-0.4, 0.5), WildColours) if kind == "wild" else ((-0.15, 0.15), ColourJitter)
+        zoom = layers.RandomZoom(zooms, fill_mode="nearest", seed=derived_seed(seed, "zoom"))
+        movements += [zoom, colours(derived_seed(seed, "colours"))]
     return keras.Sequential(movements)
 
 
@@ -88,19 +118,28 @@ class Batches:
     dataset: a data.Dataset, read batch by batch, so that memory does not limit the number of images; mean, std: of the
     normalisation, a float per channel each; positions: int (n,) in the data set; labels: a list of n (H, W) in [0, 1];
     epoch_steps: batches in an epoch; augment: a keras.Sequential that transforms image and mask together, with the mask
-    as last channel, or None.
+    as last channel, or None; artefacts: the share of images onto which synthetic.draw_artefacts draws.
     """
 
-    def __init__(self, dataset, mean, std, positions, labels, epoch_steps, seed, augment=None):
+    def __init__(self, dataset, mean, std, positions, labels, epoch_steps, seed, augment=None, artefacts=0.0):
         self.dataset, self.mean, self.std = dataset, mean, std
         self.positions, self.labels, self.epoch_steps = positions, labels, epoch_steps
-        self.seed, self.augment = seed, augment
+        self.seed, self.augment, self.artefacts = seed, augment, artefacts
 
     def members(self, number):
         """The images of a batch, as numbers of `positions`."""
         (epoch, step), count = divmod(int(number), self.epoch_steps), len(self.positions)
         order = np.random.default_rng(derived_seed(self.seed, epoch)).permutation(count)
         return order[step * count // self.epoch_steps : (step + 1) * count // self.epoch_steps]
+
+    def images(self, members, number):
+        """The images of batch `number`, uint8 (b, H, W, C), with artefacts."""
+        images = self.dataset.images(self.positions[members])
+        rng = np.random.default_rng(derived_seed(self.seed, "artefacts", int(number))) if self.artefacts else None
+        for image, member in zip(images, members) if self.artefacts else ():
+            if rng.random() < self.artefacts:
+                image[:] = draw_artefacts(rng, image, self.labels[member] > 0.5)
+        return images
 
     def targets(self, members):
         """Their labels, float32 (b, H, W, 1)."""
@@ -111,7 +150,7 @@ class Batches:
 
         def read(number):
             members = self.members(number)
-            images = normalise(self.dataset.images(self.positions[members]), self.mean, self.std)
+            images = normalise(self.images(members, number), self.mean, self.std)
             return images, self.targets(members)
 
         return training_batches(read, first, last, self.augment)
@@ -121,7 +160,8 @@ class Batches:
         images, targets, and float32 (size, 1, 1, 1), 1 for an image and 0 for what fills up. The same batches as
         `on_cpu`, up to rounding.
 
-        images: the whole data set in the GPU's memory, uint8 (N, H, W, C); without it, threads read the batches."""
+        images: the whole data set in the GPU's memory, uint8 (N, H, W, C); without it, threads read the batches. It
+        cannot be combined with artefacts."""
         resident = images is not None
         labels = tf.constant(self.targets(range(len(self.labels)))) if resident else None
 
@@ -131,7 +171,7 @@ class Batches:
             if resident:
                 members = filled_up(members, size)
                 return self.positions[members], members, real, number
-            pictures = self.dataset.images(self.positions[members])
+            pictures = self.images(members, number)
             return filled_up(pictures, size), filled_up(self.targets(members), size), real, number
 
         @tf.function(reduce_retracing=True)  # without XLA, which cannot move images

@@ -15,9 +15,10 @@ from run_folder import locked, only_ours
 from strategies import STRATEGIES
 from utils import UserError
 
-# The choices that unet.py, sampler.py and trainer.py offer; a test compares these names with the tables there.
+# The choices that batches.py, unet.py, sampler.py and trainer.py offer; a test compares these names with those there.
+AUGMENTATIONS = "paper", "strong", "wild"
 INITIALIZERS = "GlorotUniform", "HeNormal"  # as published (Keras' default); as is usual before ReLU
-LOSSES = "dice", "dice_bce"
+LOSSES = "dice", "dice_bce", "jaccard_bce", "tversky_bce"
 MEASURES = "variance", "entropy", "bald"
 PRECISIONS = "float32", "bfloat16", "float16"
 SCHEDULES = "constant", "cosine"
@@ -126,18 +127,29 @@ class Config:
     initializer: str = setting("GlorotUniform", "how the initial weights are drawn", choices=INITIALIZERS)
     learning_rate: float = setting(1e-5, "Adam's highest learning rate in the initial training", 0)
     active_learning_rate: float = setting(0.0, "highest learning rate in later trainings; 0: as --learning-rate", 0)
-    loss: str = setting("dice", "dice: minus the Dice coefficient; dice_bce: plus cross-entropy", choices=LOSSES)
+    loss: str = setting(
+        "dice",
+        "dice: minus the Dice coefficient of the batch; dice_bce: plus cross-entropy; jaccard_bce, tversky_bce: "
+        "cross-entropy minus each image's Jaccard or Tversky index",
+        choices=LOSSES,
+    )
     schedule: str = setting("constant", "learning rate within a training (trainer.learning_rate)", choices=SCHEDULES)
     batch_size: int = setting(32, "images per training step", 1)
     initial_epochs: int = setting(10, "epochs of the initial training", 1)
     active_epochs: int = setting(2, "epochs of each iteration's training", 1)
     initial_steps: int = setting(0, "steps of the initial training; 0: set by --initial-epochs", 0)
     active_steps: int = setting(0, "steps of each iteration's training; 0: set by --active-epochs", 0)
+    weight_average: float = setting(
+        0.0, "decay of an exponential average of the weights that replaces them after each training; 0: none", 0
+    )
     augment: str = setting(
         "initial", "which trainings are augmented: the initial one, all or none", choices=("initial", "all", "none")
     )
     augmentation: str = setting(
-        "paper", "paper: rotate, shift, flip; strong: more (trainer.augmentation)", choices=("paper", "strong")
+        "paper", "paper: rotate, shift, flip; strong, wild: more (batches.augmentation)", choices=AUGMENTATIONS
+    )
+    artefacts: float = setting(
+        0.0, "share of augmented images with drawn artefacts: hairs, rulers, pen, bubbles, stickers, dark corners", 0
     )
     rotation: float = setting(40.0, "augmentation: largest rotation in degrees, in either direction", 0)
     width_shift: float = setting(0.2, "augmentation: largest shift, as a share of the width, in either direction", 0)
@@ -348,6 +360,10 @@ def check(config):
         raise UserError("--learning-rate 0: must be above 0, or the network learns nothing")
     if config.width_shift > 1:
         raise UserError(f"--width-shift {config.width_shift}: must be at most 1, because it is a share of the width")
+    if config.artefacts > 1:
+        raise UserError(f"--artefacts {config.artefacts}: must be at most 1, because it is a share of the images")
+    if config.weight_average >= 1:
+        raise UserError(f"--weight-average {config.weight_average}: must be below 1, for instance 0.999")
     if config.rotation > 180:
         raise UserError(f"--rotation {config.rotation}: must be at most 180 degrees")
     if config.query == "none" and (config.oracle != "simulated" or config.audit):

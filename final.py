@@ -30,7 +30,7 @@ def train_final(config, dataset, normalisation, pool, iteration, steps, memory=N
     final, unfinished = run / "final", run / ".final"
     if read_settings(final) == settings:
         shutil.rmtree(unfinished, ignore_errors=True)
-        print_final(final, "this network is there already")
+        print(f"{final}: this network is there already")
         return
     if read_settings(unfinished) != settings:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -51,12 +51,11 @@ def train_final(config, dataset, normalisation, pool, iteration, steps, memory=N
         write_json(folder / "config.json", settings)
     shutil.rmtree(unfinished)
     rated = f"Dice {float(row['dice']):.3f}, Jaccard {float(row['jaccard']):.3f}" if metrics else "not measured"
-    print_final(final, f"{len(labels)} annotations, {rated}")
+    print(f"{final}: {len(labels)} annotations, {rated}", flush=True)
 
 
-def print_final(final, what):
-    """Print what the final network is, and what to do with it."""
-    print(f"{final}: {what}")
+def print_use(final):
+    """Print what to do with the final network."""
     weights = shlex.quote(f"{final}/model.weights.h5")
     print(f"masks for your own images: python predict.py IMAGES --weights {weights} --out masks")
 

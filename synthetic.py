@@ -1,4 +1,5 @@
-"""Draws synthetic dermoscopy images with exact masks, for the demo and the tests. Nothing here knows files."""
+"""Draws synthetic dermoscopy images with exact masks, for the demo and the tests, and artefacts onto photographs, for
+training. Nothing here knows files."""
 
 import numpy as np
 from scipy import fft, ndimage
@@ -99,3 +100,75 @@ def draw_lesion(rng, height, width):
     image *= 0.06 + 0.94 * field[..., None]
     image += rng.uniform(1, 4) * rng.standard_normal(image.shape, "f4")
     return image.clip(0, 255).astype(np.uint8), mask.astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------- artefacts on photographs
+
+PENS = np.array([[95, 60, 150], [60, 70, 160], [40, 40, 60]], "f4")
+HIDDEN = 0.05  # the share of a lesion that an artefact may hide
+
+
+def draw_bar(rng, height, width):
+    """Opacity of a thin straight bar with end marks, as engraved in the glass of some dermatoscopes."""
+    strokes, short = np.zeros((height, width), "f4"), min(height, width)
+    angle, length = rng.choice([0.0, rng.uniform(-np.pi, np.pi)]), rng.uniform(0.25, 0.6) * short
+    along, across = np.array([np.sin(angle), np.cos(angle)]), np.array([np.cos(angle), -np.sin(angle)])
+    start = rng.uniform(0.05, 0.95, 2) * [height, width] - along * length / 2
+    t = np.linspace(0, 1, 2 * short)[:, None]
+    ends = [start + at * length * along + (t - 0.5) * 0.04 * short * across for at in (0, 1)]
+    path = np.concatenate([start + t * length * along, *ends])
+    rows, columns = path[((path >= 0) & (path < [height, width])).all(1)].astype(int).T
+    strokes[rows, columns] = 1
+    return np.clip(2 * ndimage.gaussian_filter(strokes, 0.004 * short, truncate=3), 0, 1)
+
+
+def draw_pen(rng, y, x):
+    """Opacity of a pen's stroke, a part of a wavy circle around the lesion. y, x: as for `disc`."""
+    angle, distance = np.arctan2(y, x), np.hypot(y, x)
+    radius = rng.uniform(0.3, 0.7) * (1 + 0.1 * np.cos(rng.integers(2, 5) * angle + rng.uniform(0, 2 * np.pi)))
+    drawn = np.abs((angle - rng.uniform(-np.pi, np.pi)) % (2 * np.pi) - np.pi) < rng.uniform(0.3, np.pi)
+    uneven = np.clip(0.8 + 0.4 * smooth_noise(rng, *y.shape, 0.8), 0, 1)
+    return np.clip(0.5 + (rng.uniform(0.01, 0.03) - np.abs(distance - radius)) / 0.02, 0, 1) * drawn * uneven
+
+
+def draw_bubbles(rng, y, x):
+    """Opacity of 1 to 11 bright rings."""
+    rings = np.zeros_like(y)
+    for _ in range(rng.integers(1, 12)):
+        cy, cx = rng.uniform(-1, 1, 2) * [y.max(), x.max()]
+        edge = np.abs(np.hypot(y - cy, x - cx) - rng.uniform(0.01, 0.07))
+        rings = np.maximum(rings, np.clip(1 - edge / 0.012, 0, 1))
+    return rng.uniform(0.3, 0.7) * rings
+
+
+def draw_artefacts(rng, image, mask):
+    """Draw some artefacts of real photographs onto an image, uint8 (height, width, C). Returns the new image.
+
+    mask: bool (height, width). What would hide more than HIDDEN of the lesion is left out, so that the mask stays
+    true; hairs and bubbles may cross it."""
+    (height, width, channels), image = image.shape, image.astype("f4")
+    y, x = np.indices((height, width), "f4") / min(height, width)
+    y, x = y - y.mean(), x - x.mean()
+
+    def put(opacity, colour, share=1.0, anywhere=False):
+        if anywhere or not mask.any() or (opacity[mask] > 0.5).mean() <= HIDDEN:
+            colour = colour if channels == 3 else np.dot(colour, [0.299, 0.587, 0.114])
+            image[:] += share * opacity[..., None] * (np.asarray(colour, "f4") - image)
+
+    if rng.random() < 0.25:
+        put(draw_pen(rng, y, x), rng.choice(PENS), rng.uniform(0.3, 0.9))
+    if rng.random() < 0.2:
+        cy, cx = rng.choice([-1, 1], 2) * [y.max(), x.max()] * rng.uniform(0.6, 1, 2)
+        put(disc(y - cy, x - cx, rng.uniform(0.1, 0.3), 0.01), rng.uniform(0, 255, 3))
+    if rng.random() < 0.2:
+        put(draw_bar(rng, height, width), np.full(3, rng.uniform(0, 70)), 0.8)
+    if rng.random() < 0.2:
+        draw_ruler(rng, image)
+    put(draw_hairs(rng, height, width), HAIR * rng.uniform(0.3, 2.5), 0.85, anywhere=True)
+    if rng.random() < 0.15:
+        put(draw_bubbles(rng, y, x), np.full(3, 250), anywhere=True)
+    if rng.random() < 0.3:
+        cy, cx = rng.normal(0, 0.04, 2)
+        field = disc(y - cy, x - cx, np.hypot(y.max(), x.max()) * rng.uniform(0.6, 0.95), rng.choice([0.03, 0.1, 0.3]))
+        put(1 - field, np.full(3, rng.uniform(0, 40)))
+    return image.clip(0, 255).astype(np.uint8)

@@ -196,7 +196,7 @@ def run_iteration(trainer, pool, pseudo, iteration, selection, folder):
 
 def final_network(config, dataset, about, parts, oracle, steps):
     """What --final-steps does: a network trained anew on all accepted annotations of the run."""
-    from final import train_final
+    from final import print_use, train_final
 
     (pool, _), run = first_pool(dataset, parts), Path(config.run)
     oracle.collect()
@@ -205,6 +205,7 @@ def final_network(config, dataset, about, parts, oracle, steps):
         raise UserError(f"--final-steps: {run} has no finished iteration yet; run it first without --final-steps")
     annotate(pool, oracle, len(history), {})  # those that came since
     train_final(config, dataset, about["normalisation"], pool, len(history) - 1, steps, about.get("gpu_memory"))
+    print_use(run / "final")
     return 2 if oracle.refused else 0
 
 

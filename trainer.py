@@ -182,7 +182,8 @@ class Trainer:
         size = dataset.height, dataset.width, dataset.channels
         with strategy.scope():
             self.model = build_unet(*size, config.filters, config.dropout, config.precision, config.initializer)
-            optimizer = keras.optimizers.Adam(config.learning_rate)
+            decay = config.weight_average
+            optimizer = keras.optimizers.Adam(config.learning_rate, use_ema=decay > 0, ema_momentum=decay)
             if config.precision == "float16":  # small gradients would become 0
                 optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
             # No XLA for predictions: it would compile anew for each number of images.
@@ -209,14 +210,15 @@ class Trainer:
         in [0, 1]."""
         seed, count = derived_seed(self.config.seed, iteration, "training"), len(positions)
         augmented = {"initial": iteration == 0, "all": True, "none": False}[self.config.augment]
-        strong = self.config.augmentation == "strong"
-        augment = augmentation(self.config.rotation, self.config.width_shift, seed, strong) if augmented else None
+        kind, artefacts = self.config.augmentation, self.config.artefacts if augmented else 0.0
+        augment = augmentation(self.config.rotation, self.config.width_shift, seed, kind) if augmented else None
         steps, last = self.config.epoch_steps(count), self.config.training_steps(count, iteration)
-        batches = Batches(self.dataset, self.mean, self.std, positions, labels, steps, seed, augment)
+        batches = Batches(self.dataset, self.mean, self.std, positions, labels, steps, seed, augment, artefacts)
         if not self.one_gpu:
             return batches.on_cpu(first, last)
         pixels = self.dataset.height * self.dataset.width
         fits = pixels * (len(self.dataset) * self.dataset.channels + 4 * count) < self.memory / 2  # labels: float32
+        fits = fits and not artefacts  # they are drawn on the CPU
         return batches.on_gpu(first, last, min(self.config.batch_size, count), self.all_images if fits else None)
 
     @functools.cached_property
@@ -256,6 +258,7 @@ class Trainer:
                 if self.events:
                     self.events.step(earlier + number, loss, rate)
                 self.checkpoint.save_now_and_then(iteration, number + 1)
+        self.model.optimizer.finalize_variable_values(self.model.trainable_variables)  # with --weight-average
         self.require_finite(*self.model.get_weights())
 
     def require_finite(self, *arrays):

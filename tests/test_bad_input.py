@@ -161,6 +161,7 @@ CASES = [
     *(f"{TRAIN} {option(f)} {value}" for f in dataclasses.fields(Config) for value in wrong_values(f)),
     *(f"{TRAIN} --dropout {value}" for value in (0, 1, 2)),
     *(f"{TRAIN} {option}" for option in ("--learning-rate 0", "--rotation 181", "--width-shift 1.5")),
+    *(f"{TRAIN} {option}" for option in ("--artefacts 1.1", "--artefacts -1", "--weight-average 1", "--loss iou")),
     *(f"{TRAIN} {option}" for option in ("--filters 20000", "--filters 2000000000", "--no-such-option 1", "--run")),
     *(f"{TRAIN} {option}" for option in ("--wait", "--partial", "--oracle human", "--oracle folder --wait --partial")),
     # combinations that make no sense

@@ -7,6 +7,7 @@ import keras
 import pytest
 from conftest import ROOT
 
+import batches
 import config
 import sampler
 import trainer
@@ -22,6 +23,8 @@ def test_the_names_of_the_choices_are_those_of_the_tables():
     assert tuple(sampler.MEASURES) == config.MEASURES
     assert {changes["start"] for changes in ARMS.values() if "start" in changes} == set(config.STARTS)
     assert all(trainer.learning_rate(schedule, 0.5) <= 1 for schedule in config.SCHEDULES)
+    for kind in config.AUGMENTATIONS:
+        assert batches.augmentation(10, 0.1, seed=1, kind=kind).layers
     assert all(hasattr(keras.initializers, name) for name in config.INITIALIZERS)
 
 
@@ -45,6 +48,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         "predict.py missing.jpg",
         "reproduce.py --help",
         "reproduce.py --out x --arms unknown",
+        "folds.py --help",
+        "folds.py --out missing --report",
         "data.py --help",
         "data.py info missing.h5",
     ],

@@ -15,8 +15,9 @@ from conftest import write_blobs
 from PIL import Image
 
 import data
+import synthetic
 from pictures import open_mask, read_image, read_mask
-from synthetic import draw_lesion
+from synthetic import draw_artefacts, draw_lesion
 from utils import UserError, run_command
 
 SIZE = ("--height", 32, "--width", 48)
@@ -965,3 +966,31 @@ def test_images_come_in_the_order_of_the_positions(tmp_path, positions):
         for given in positions, np.array(positions, int):
             np.testing.assert_array_equal(dataset.images(given), images[list(positions)], strict=True)
             np.testing.assert_array_equal(dataset.masks(given), masks[list(positions)], strict=True)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_artefacts_leave_the_lesion_visible(monkeypatch, channels):
+    """Without hairs, bubbles and rulers, which may cross a lesion."""
+    for name in "draw_hairs", "draw_bubbles":
+        monkeypatch.setattr(synthetic, name, lambda rng, *_: np.zeros((48, 64), "f4"))
+    monkeypatch.setattr(synthetic, "draw_ruler", lambda *_: None)
+    y, x = np.mgrid[:48, :64]
+    mask = np.hypot(y - 20, x - 40) < 12
+    image = np.full((48, 64, channels), 128, np.uint8)
+    changed = []
+    for seed in range(200):
+        drawn = draw_artefacts(np.random.default_rng(seed), image, mask)
+        assert (drawn.shape, drawn.dtype) == (image.shape, np.uint8)
+        np.testing.assert_array_equal(drawn, draw_artefacts(np.random.default_rng(seed), image, mask))
+        far = np.abs(drawn.astype(int) - image).max(-1) > 90
+        assert far[mask].mean() <= 0.15  # at most a twentieth by each of them
+        changed.append((drawn != image).any(-1).mean())
+    assert (image == 128).all()
+    assert 0.1 < np.mean(np.array(changed) == 0) < 0.5
+    assert max(changed) > 0.3
+
+
+def test_artefacts_of_an_empty_mask_may_be_anywhere():
+    image = np.full((48, 64, 3), 128, np.uint8)
+    drawn = [draw_artefacts(np.random.default_rng(seed), image, np.zeros((48, 64), bool)) for seed in range(20)]
+    assert np.mean([(one != image).any() for one in drawn]) > 0.5

@@ -177,8 +177,8 @@ def test_the_passes_of_any_network_are_those_of_a_cpu(network, images, work_as_o
 
 @pytest.mark.parametrize(
     ("options", "memory"),
-    [("", MEMORY), ("", LITTLE), ("--augmentation strong", LITTLE)],
-    ids=["resident", "streamed", "strong"],
+    [("", MEMORY), ("", LITTLE), ("--augmentation wild --artefacts 0.7", LITTLE)],
+    ids=["resident", "streamed", "wild"],
 )
 def test_the_batches_are_those_of_a_cpu(new_trainer, labelled, work_as_on_a_gpu, options, memory):
     """With augmentation in iteration 0, and without it in iteration 1."""
@@ -217,8 +217,8 @@ def trained_on_a_cpu():
 
 @pytest.mark.parametrize(
     ("loss", "memory", "xla"),
-    [("dice", MEMORY, False), ("dice_bce", LITTLE, False), ("dice_bce", MEMORY, True)],
-    ids=["dice", "dice_bce-streamed", "dice_bce-XLA"],
+    [("dice", MEMORY, False), ("jaccard_bce", LITTLE, False), ("dice_bce", MEMORY, True)],
+    ids=["dice", "jaccard_bce-streamed", "dice_bce-XLA"],
 )
 def test_a_training_is_that_of_a_cpu(
     new_trainer, labelled, work_as_on_a_gpu, kept_determinism, trained_on_a_cpu, capsys, loss, memory, xla
@@ -242,13 +242,14 @@ def test_a_training_is_that_of_a_cpu(
     assert said.err == ""
 
 
+@pytest.mark.parametrize("options", ["", "--weight-average 0.9 --augmentation wild --artefacts 0.7"])
 def test_an_interrupted_training_ends_like_an_undisturbed_one(
-    new_trainer, labelled, work_as_on_a_gpu, kept_determinism, monkeypatch
+    new_trainer, labelled, work_as_on_a_gpu, kept_determinism, monkeypatch, options
 ):
     tf.config.experimental.enable_op_determinism()
     monkeypatch.setattr(Checkpoint, "EVERY", 0)
     work_as_on_a_gpu()
-    whole, rest = new_trainer(run="whole"), new_trainer(run="interrupted")
+    whole, rest = new_trainer(options, "whole"), new_trainer(options, "interrupted")
     step, steps = rest.step, []
 
     def save_now_and_then(iteration, number):

@@ -303,7 +303,7 @@ train.main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["dice", "dice_bce"])
+@pytest.mark.parametrize("loss", ["dice", "dice_bce", "jaccard_bce --weight-average 0.5"])
 def test_two_devices_do_what_one_does(dataset, tmp_path, loss):
     """All numbers of images are odd, so that the shares of the devices differ in size."""
     options = f"{TINY} {QUERIES} --loss {loss} --pool 29 --initial 15 --iterations 1".split()
@@ -393,7 +393,7 @@ def test_half_of_the_images_are_mirrored():
 def test_strong_augmentation_moves_image_and_mask_together_and_changes_colours_alone():
     _, masks = blobs(16, 48, 64)
     colours = np.concatenate([masks, 2 * masks, 3 * masks], -1).astype(np.float32)
-    ((images, targets),) = batches_of(colours, masks, 16, augmentation(180, 0.1, seed=1, strong=True))
+    ((images, targets),) = batches_of(colours, masks, 16, augmentation(180, 0.1, seed=1, kind="strong"))
     for image, target in zip(images.numpy(), targets.numpy()[..., 0]):
         assert set(np.unique(target)) <= {0.0, 1.0}
         inside, outside = (image[target == value].mean(0) for value in (1, 0))
@@ -401,6 +401,62 @@ def test_strong_augmentation_moves_image_and_mask_together_and_changes_colours_a
         np.testing.assert_allclose(contrast, contrast[0], rtol=0.1)  # some pixels of interpolated edges lie outside
         assert 0.7 < contrast[0] < 1.25
     assert not np.allclose(images[0, 0, 0], images[1, 0, 0])
+
+
+def test_wild_augmentation_moves_image_and_mask_together_and_changes_light_and_colours():
+    _, masks = blobs(64, 48, 64)
+    colours = 10 * np.repeat(masks, 3, -1).astype(np.float32)
+    ((images, targets),) = batches_of(colours, masks, 64, augmentation(180, 0.1, seed=1, kind="wild"))
+    contrasts, areas = [], targets.numpy().mean((1, 2, 3)) / masks.mean((1, 2, 3))
+    for image, target in zip(images.numpy(), targets.numpy()[..., 0]):
+        assert set(np.unique(target)) <= {0.0, 1.0}
+        inside, outside = (np.median(image[target == value], 0) for value in (1, 0))
+        assert ((image.mean(-1) > np.mean([inside, outside])) == target).mean() > 0.98
+        contrasts.append((inside - outside).mean() / 10)
+    assert 0.55 < min(contrasts) < 0.75
+    assert 1.3 < max(contrasts) < 1.55
+    assert areas.min() < 0.6 < 1.6 < areas.max()
+    light = images.numpy()[:, :, :, 0] - images.numpy()[:, :, :, 1]
+    assert np.abs(np.median(light, (1, 2))).max() > 0.3  # the colour of the light
+
+
+def test_artefacts_are_drawn_while_training_is_augmented(trainer):
+    positions, labels = np.arange(12), list(trainer.dataset.masks(np.arange(12)))
+    trainer.config.rotation = trainer.config.width_shift = 0.0
+
+    def batches(iteration, first=0):
+        return [images.numpy() for images, _ in trainer.batches(positions, labels, iteration, first)]
+
+    def same(ones, others):
+        return np.mean([(a == b).all() for one, other in zip(ones, others) for a, b in zip(one, other)])
+
+    plain, plain_later = batches(0), batches(1)
+    trainer.config.artefacts = 1.0
+    drawn = batches(0)
+    assert same(plain, drawn) < 0.3
+    assert same(plain_later, batches(1)) == 1  # not augmented
+    assert same(drawn[2:], batches(0, first=2)) == 1  # after an interruption
+    assert same(drawn[:3], drawn[3:]) < 0.3  # other ones in each epoch
+
+
+def test_the_weights_are_averaged_at_the_end(dataset, tmp_path):
+    options = f"--data {dataset.path} --run {tmp_path} --filters 2 --batch-size 4 --learning-rate 1e-2"
+    trainer = Trainer(
+        read_config(f"{options} --initial-steps 4 --weight-average 0.75".split()), dataset, [128.0], [50.0]
+    )
+    step, seen = trainer.step, []
+
+    def watched(*batch):
+        step(*batch)
+        seen.append(trainer.model.get_weights())
+
+    trainer.step = watched
+    trainer.fit(np.arange(8), list(dataset.masks(np.arange(8))), 0)
+    shares = 0.75**3, 0.25 * 0.75**2, 0.25 * 0.75, 0.25
+    for found, *values in zip(trainer.model.get_weights(), *seen, strict=True):
+        expected = sum(share * value for share, value in zip(shares, values))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert np.abs(found - values[-1]).max() > 1e-3
 
 
 def test_without_augmentation_soft_targets_stay_as_they_are():

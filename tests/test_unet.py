@@ -139,6 +139,22 @@ def test_the_combined_loss_adds_the_mean_cross_entropy():
     assert float(unet.dice_bce_loss(truth, prediction)) == pytest.approx(entropy - dice, rel=1e-5)
 
 
+@pytest.mark.parametrize(("loss", "positives", "negatives"), [("jaccard_bce", 1, 1), ("tversky_bce", 0.3, 0.7)])
+def test_losses_per_image_count_small_and_large_lesions_alike(loss, positives, negatives):
+    """On a small and a large lesion, with and without an image that only fills up the batch."""
+    truth = np.zeros((3, 4, 4, 1), np.float32)
+    truth[0, 0, 0], truth[1, :, :3], truth[2] = 1, 1, 1
+    prediction = np.random.default_rng(0).uniform(0.1, 0.9, truth.shape).astype(np.float32)
+    expected = []
+    for t, p in zip(truth[:2].astype(float), prediction[:2].astype(float)):
+        overlap, extra, missed = (t * p).sum(), ((1 - t) * p).sum(), (t * (1 - p)).sum()
+        index = (overlap + 1) / (overlap + positives * extra + negatives * missed + 1)
+        expected.append(-np.mean(np.log(np.where(t, p, 1 - p))) - index)
+    real = np.float32([1, 1, 0]).reshape(3, 1, 1, 1)
+    assert float(unet.LOSSES[loss](truth[:2], prediction[:2])) == pytest.approx(np.mean(expected), rel=1e-5)
+    assert float(unet.LOSSES[loss](truth, prediction, real)) == pytest.approx(np.mean(expected), rel=1e-5)
+
+
 def test_entropy_and_bald_are_finite_where_the_network_is_certain():
     model = build_unet(16, 16, filters=2)
     model.get_layer("probability").bias.assign([1000.0])
