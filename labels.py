@@ -3,6 +3,7 @@
     python reproduce.py --preset quick --out results/labels --regimes scarce --arms ceal --seeds 5
     python labels.py --preset quick --out results/labels --arms ceal,random --seeds 5 --at 100,205,415
     python labels.py --preset quick --out results/labels --report
+    python labels.py --preset quick --out results/choice --arms undisputed,strata,random --seeds 1-3 --validation 300
 
 The label sets follow from the records of reproduce.py; an arm that uses no scores needs no record. Each network is
 trained for as many steps as the arm `full`. The options of train.py apply to all: with --validation 300, given to

@@ -112,9 +112,10 @@ def typical(features, count, rng):
 
     if count >= len(features):
         return np.arange(len(features))
-    with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # equal images leave clusters empty, which is fine
-        warnings.simplefilter("ignore")
-        _, cluster = kmeans2(features.astype(np.float64), min(count, CLUSTERS), minit="++", rng=rng)
+    features = features.astype(np.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # equal images leave clusters empty, which is fine
+        _, cluster = kmeans2(features, first_centres(features, min(count, CLUSTERS), rng), 20, minit="matrix")
     members = np.bincount(cluster)[cluster]
     turn = np.empty(len(features), int)  # an image's place in its cluster: the clusters take turns
     for number in np.unique(cluster):
@@ -123,3 +124,13 @@ def typical(features, count, rng):
         distances = cKDTree(features[mine]).query(features[mine], np.arange(1, near + 1))[0]
         turn[mine[np.argsort(distances.mean(1), kind="stable")]] = np.arange(len(mine))
     return np.lexsort((-members, turn, members < SMALLEST))[:count]
+
+
+def first_centres(features, count, rng):
+    """The first centres of k-means++ (SciPy's own are found in a time that grows with the square of their number)."""
+    nearest, chosen = np.full(len(features), np.inf), [int(rng.integers(len(features)))]
+    while len(chosen) < count:
+        nearest = np.minimum(nearest, np.square(features - features[chosen[-1]]).sum(1))
+        chances = nearest / nearest.sum() if nearest.any() else None
+        chosen.append(int(rng.choice(len(features), p=chances)))
+    return features[chosen]

@@ -131,7 +131,7 @@ def query(trainer, pool, oracle, iteration, folder):
     audited = draw_audit(free, config, iteration)
     free = np.setdiff1d(free, audited)
     rng = np.random.default_rng(derived_seed(config.seed, iteration, "queries"))
-    seen = {name: values[free] for name, values in found._asdict().items()} if scored else {}
+    seen = {"sizes": found.sizes[free], "agreement": found.agreement[free]} if scored else {}
     groups = strategies.select(scores[free], rng, config, {**seen, "iteration": iteration})
     queried = np.concatenate(list(groups.values()))
     groups["pseudo"] = ceal.select_pseudo_labels(scores[free], rng, count, exclude=queried)
