@@ -483,7 +483,9 @@ def main():
     if on_gpu():
         config.batch_size, config.precision = 32, "bfloat16"
     with tempfile.TemporaryDirectory() as folder, tensorflow_errors():
-        rows = bench_scale(row, args.preset, args.quick) if args.scale else measure(args, config, Path(folder))
+        rows = (
+            bench_scale(row, args.preset, args.quick, args.data) if args.scale else measure(args, config, Path(folder))
+        )
     if args.json:
         with whole_file(args.json) as partial:
             partial.write_text(json.dumps({"machine": about, "table": rows}, indent=2) + "\n")

@@ -179,6 +179,7 @@ def read_arguments():
     add("--precision", default="float32", choices=PRECISIONS, help="the network's precision (default float32)")
     add_cluster_options(parser, "predict the images")
     args = parser.parse_args()
+    args.where = cluster_options(vars(args))
     if args.passes and not args.uncertainty:
         raise UserError(f"--passes {args.passes}: only --uncertainty uses passes; add --uncertainty")
     args.passes = 20 if args.passes is None else args.passes
@@ -203,14 +204,13 @@ def predict_images(images, weights, options, args):
     use_devices()
     with tensorflow_errors():
         network = load_unet(weights, args.precision)
-    address, worker_cores = cluster_options(vars(args))
     command = args.precision, str(weights.resolve()), weights.stat().st_mtime_ns
     record = Record(command, [*images, *options.truths.values()], options)
-    found = record.done(images.values())
-    if found:
-        print(f"{len(found)} of {len(images)} images were done before", file=sys.stderr)
-    rest = dict(itertools.islice(images.items(), len(found), None))
-    with connected(address, worker_cores) as cluster, tensorflow_errors():
+    with connected(*args.where) as cluster, tensorflow_errors():
+        found = record.done(images.values())
+        if found:
+            print(f"{len(found)} of {len(images)} images were done before", file=sys.stderr)
+        rest = dict(itertools.islice(images.items(), len(found), None))
         if cluster:
             rows = on_cluster(cluster, rest, network, options, args, record)
         else:
