@@ -464,7 +464,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller numbers")
     parser.add_argument("--scale", action="store_true", help="measure large pools and a cluster's workers instead")
     args = parser.parse_args()
-    if args.scale and args.preset not in SETTINGS:
+    if args.scale and args.preset not in SETTINGS and not args.data:
         raise UserError(f"--scale --preset {args.preset}: give one of {', '.join(SETTINGS)}")
     if args.weights and not args.data:
         raise UserError("--weights needs --data, because half precision must be measured on real images: give both")
