@@ -189,6 +189,51 @@ def test_a_name_that_begins_with_a_dash_is_given_after_two_dashes(unet_weights, 
     assert (tmp_path / "out" / "-dash_segmentation.png").exists()
 
 
+# -------------------------------------------------------------------------------------------------------- interruptions
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "done"),
+    [
+        (lambda folder: None, 16),
+        (lambda folder: (folder / "out" / "ISIC_0000003_segmentation.png").unlink(), 0),  # its batch is done again
+        (lambda folder: os.utime(folder / "images" / "ISIC_0000003.jpg"), 0),  # it is another command's record then
+    ],
+)
+def test_a_stopped_prediction_goes_on_where_it_was(lesions, unet_weights, monkeypatch, capsys, meanwhile, done):
+    monkeypatch.chdir(lesions)
+    arguments = "images", "--weights", unet_weights, "--out", "out", "--uncertainty", "--passes", 2, "--truth", "truth"
+    (lesions / "images" / "ISIC_0000004.jpg").write_text("no picture")
+    assert run_main(monkeypatch, *arguments) == 2
+    whole = contents(lesions / "out"), capsys.readouterr()
+    shutil.rmtree(lesions / "out")
+    add = prediction.Record.add
+
+    def stop(record, row):
+        if row[0] == "ISIC_0000018":
+            raise KeyboardInterrupt
+        add(record, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction.Record, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_main(monkeypatch, *arguments)
+    meanwhile(lesions)
+    capsys.readouterr()
+    assert run_main(monkeypatch, *arguments) == 2
+    told = f"{done} of 20 images were done before\n" if done else ""
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (whole[1].out, told + whole[1].err)
+    left = [path for path in (lesions / "out").glob(".*") if not (path.suffix == ".jsonl" and not done)]
+    assert left == []
+    assert {name: file for name, file in contents(lesions / "out").items() if name[0] != "."} == whole[0]
+
+
+def contents(folder):
+    """A dict of the name of each file in a folder and below to its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 # ------------------------------------------------------------------------------------------------------------- --truth
 
 METRICS = "dice", "jaccard", "sensitivity", "specificity", "accuracy", "threshold_jaccard"
