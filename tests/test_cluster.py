@@ -173,6 +173,14 @@ def workers(nodes):
         yield nodes.workers
 
 
+@pytest.fixture
+def free_nodes(nodes, workers):
+    """The nodes, without workers of this process, so that those of another driver find room."""
+    for hired in list(workers.hired):
+        workers.dismiss(hired, "the test wants its place")
+    return nodes
+
+
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     """A Trainer for `IMAGES` discs, which takes some 5 seconds to score them all on one core."""
@@ -287,14 +295,14 @@ def test_a_node_killed_at_a_random_moment_changes_nothing(score, nodes, kill):
 
 @needs_ray
 @pytest.mark.cluster
-def test_a_killed_driver_loses_nothing(nodes, tmp_path):
+def test_a_killed_driver_loses_nothing(free_nodes, tmp_path):
     """The run begins on the cluster, and goes on without it after the driver was killed."""
     write_blobs(tmp_path / "blobs.h5", 300, 48, 64)
     options = (
         "--preset demo --data blobs.h5 --passes 100 --initial 16 --pool 270 --test 4 --iterations 1 --active-epochs 1"
     )
     command = [sys.executable, ROOT / "train.py", *f"{options} --initial-epochs 1 --run".split()]
-    driver = subprocess.Popen([*command, "killed", "--cluster", nodes.ray.address], cwd=tmp_path)
+    driver = subprocess.Popen([*command, "killed", "--cluster", free_nodes.ray.address], cwd=tmp_path)
     record = tmp_path / "killed" / ".scoring.jsonl"
     while driver.poll() is None and not (record.exists() and record.stat().st_size):
         time.sleep(0.1)
@@ -374,13 +382,13 @@ def all_of(process, out):
 
 @needs_ray
 @pytest.mark.cluster
-def test_two_nodes_predict_as_one_process_byte_for_byte(nodes, workers, predict, predicted, tmp_path):
+def test_two_nodes_predict_as_one_process_byte_for_byte(free_nodes, predict, predicted, tmp_path):
     """One of the nodes is lost meanwhile."""
-    process = predict(tmp_path, "--cluster", nodes.ray.address)
+    process = predict(tmp_path, "--cluster", free_nodes.ray.address)
     while process.poll() is None and len(list(tmp_path.rglob("*_segmentation.png"))) < 40:
         time.sleep(0.1)
-    nodes.kill(0)
-    nodes.nodes.append(nodes.add())
+    free_nodes.kill(0)
+    free_nodes.nodes.append(free_nodes.add())
     found, errors = all_of(process, tmp_path)
     assert found == predicted[0], errors
     assert found[0] == 2
@@ -391,9 +399,9 @@ def test_two_nodes_predict_as_one_process_byte_for_byte(nodes, workers, predict,
 
 @needs_ray
 @pytest.mark.cluster
-def test_a_killed_prediction_goes_on_with_or_without_a_cluster(nodes, workers, predict, predicted, tmp_path):
+def test_a_killed_prediction_goes_on_with_or_without_a_cluster(free_nodes, predict, predicted, tmp_path):
     record = None
-    for options in ("--cluster", nodes.ray.address), ():
+    for options in ("--cluster", free_nodes.ray.address), ():
         process = predict(tmp_path, *options)
         lines = len(record.read_text().splitlines()) if record else 0
         while process.poll() is None and not (record and len(record.read_text().splitlines()) >= lines + 16):
@@ -401,14 +409,14 @@ def test_a_killed_prediction_goes_on_with_or_without_a_cluster(nodes, workers, p
             record = next((tmp_path / "masks").glob(".predict-*.jsonl"), None)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    found, errors = all_of(predict(tmp_path, "--cluster", nodes.ray.address), tmp_path)
+    found, errors = all_of(predict(tmp_path, "--cluster", free_nodes.ray.address), tmp_path)
     assert found == predicted[0], errors
     assert int(errors.split(" of 150 images were done before")[0].split()[-1]) >= 32
 
 
 @needs_ray
 @pytest.mark.cluster
-def test_nodes_that_cannot_take_part_are_named(nodes, workers, predict, predicted, photographs, tmp_path):
+def test_nodes_that_cannot_take_part_are_named(free_nodes, predict, predicted, photographs, tmp_path):
     """One lacks the images, one has another version of the program, and a disk of one is full."""
     (tmp_path / "masks" / "overlay").mkdir(parents=True)
     other = shutil.copy(ROOT / "utils.py", tmp_path.parent / f"{tmp_path.name}.py")
@@ -419,8 +427,8 @@ def test_nodes_that_cannot_take_part_are_named(nodes, workers, predict, predicte
         ["--bind", other, ROOT / "utils.py"],
         ["-t", "tmpfs", "-o", "size=4k", "tmpfs", tmp_path / "masks" / "overlay"],
     )
-    with nodes.odd(*mounts):
-        found, errors = all_of(predict(tmp_path, "--cluster", nodes.ray.address), tmp_path)
+    with free_nodes.odd(*mounts):
+        found, errors = all_of(predict(tmp_path, "--cluster", free_nodes.ray.address), tmp_path)
     assert found == predicted[0], errors
     assert f"is not used: it does not see {photographs}/" in errors
     assert "or its packages have another version than where the command was given" in errors
@@ -441,7 +449,7 @@ def running(folder):
 
 @needs_ray
 @pytest.mark.cluster
-def test_runs_go_on_after_the_driver_and_a_node_are_killed(nodes, workers, tmp_path):
+def test_runs_go_on_after_the_driver_and_a_node_are_killed(free_nodes, tmp_path):
     data = write_blobs(tmp_path / "blobs.h5", 120, 32, 32)
     variables = {**os.environ, "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
 
@@ -454,7 +462,7 @@ def test_runs_go_on_after_the_driver_and_a_node_are_killed(nodes, workers, tmp_p
         while process.poll() is None and not list(tmp_path.glob(pattern)):
             time.sleep(0.1)
 
-    driver = reproduce("res", "--cluster", nodes.ray.address)
+    driver = reproduce("res", "--cluster", free_nodes.ray.address)
     wait(driver, "runs/res/*/config.json")
     driver.kill()
     driver.wait()
@@ -463,10 +471,10 @@ def test_runs_go_on_after_the_driver_and_a_node_are_killed(nodes, workers, tmp_p
             break
         time.sleep(1)
     assert not running(data)  # Ray ends the workers of a driver that is gone, and Linux their runs
-    driver = reproduce("res", "--cluster", nodes.ray.address)
+    driver = reproduce("res", "--cluster", free_nodes.ray.address)
     wait(driver, "runs/res/*/iteration_00")
-    nodes.kill(0)
-    nodes.nodes.append(nodes.add())
+    free_nodes.kill(0)
+    free_nodes.nodes.append(free_nodes.add())
     assert driver.wait(300) == 0
     assert reproduce("alone").wait(300) == 0
     written = [path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*.*")]
