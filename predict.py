@@ -219,7 +219,7 @@ def predict_images(images, weights, options, args):
         for row in rows:
             record.add(row)
             found.append(from_row(row))
-    record.path.unlink(missing_ok=True)
+    record.remove()
     return found
 
 
@@ -229,6 +229,7 @@ def on_cluster(cluster, images, network, options, args, record):
     few = dataclasses.replace(options, truths={}, names={})
     task = {"settings": settings, "options": few, "precision": args.precision, "weights": model.get_weights()}
     folders = {str(path if path.is_dir() else path.parent) for path in map(Path, args.inputs)}
+    record.make()
     shared = {str(record.path): None, **stamps(*folders, *([args.truth] if args.truth else []))}
 
     def arguments(_, piece):

@@ -327,9 +327,9 @@ class Record:
     def done(self, names):
         """The Result or UserError of each of the first of these names that are done: a multiple of BATCH."""
         rows, ends = [], [0]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with naming(self.path), open(self.path, "a+b") as file:
-            file.seek(0)
+        if not self.path.exists():
+            return rows
+        with naming(self.path), open(self.path, "r+b") as file:
             for name, line in zip(names, file):
                 with contextlib.suppress(ValueError, LookupError, TypeError, OSError):
                     row = json.loads(line)
@@ -342,7 +342,19 @@ class Record:
             file.truncate(ends[count])
         return rows[:count]
 
+    def make(self):
+        """Make the folder of the masks, and the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+
+    def remove(self):
+        """Remove the file, and the folder if no mask is in it."""
+        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.parent.rmdir()
+
     def add(self, row):
         """Append a row of `as_row`."""
+        self.make()
         with naming(self.path), open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
