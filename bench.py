@@ -24,10 +24,10 @@ from scipy.stats import spearmanr
 
 import ceal
 import data
-import predict
 from bench_scale import SETTINGS, bench_scale
 from config import DEMO_SIZE, PRESETS, Config
 from devices import about_tensorflow, on_gpu, share_out, tensorflow_errors, tf, use_devices
+from prediction import Options, in_batches, predict_all, predict_batch, read, save_results
 from run_folder import environment
 from sampler import mc_dropout
 from synthetic import draw_lesion
@@ -316,14 +316,14 @@ def bench_predicting(config, size, folder, count, rounds):
     photographs = sorted(write_photographs(folder, [(1024, 1536)] * count).iterdir())
     model = build_unet(*size, config.filters)
     settings = dict(zip(("height", "width", "channels", "mean", "std"), (*size, 128.0, 50.0)))
-    pictures = [predict.read(path, settings) for path in photographs]
-    options = predict.Options(folder / "out")
-    rows = list(predict.predict_batch(model, settings, pictures, options))
+    pictures = [read(path, settings) for path in photographs]
+    options = Options(folder / "out")
+    rows = list(predict_batch(model, settings, pictures, options))
     functions = {
-        "predict.py": lambda: predict.predict_all(photographs, model, settings, options),
-        "reading": lambda: exhaust(map_in_order(lambda path: predict.read(path, settings), photographs)),
-        "network": lambda: [predict.predict_batch(model, settings, b, options) for b in predict.in_batches(pictures)],
-        "writing": lambda: exhaust(map_in_order(lambda row: predict.save_results(*row, options), rows)),
+        "predict.py": lambda: exhaust(predict_all(photographs, model, settings, options)),
+        "reading": lambda: exhaust(map_in_order(lambda path: read(path, settings), photographs)),
+        "network": lambda: [predict_batch(model, settings, batch, options) for batch in in_batches(pictures)],
+        "writing": lambda: exhaust(map_in_order(lambda row: save_results(*row, options), rows)),
     }
     seconds = in_turns(functions, rounds)
     total, slowest = seconds.pop("predict.py"), max(seconds, key=seconds.get)
@@ -464,7 +464,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller numbers")
     parser.add_argument("--scale", action="store_true", help="measure large pools and a cluster's workers instead")
     args = parser.parse_args()
-    if args.scale and args.preset not in SETTINGS:
+    if args.scale and args.preset not in SETTINGS and not args.data:
         raise UserError(f"--scale --preset {args.preset}: give one of {', '.join(SETTINGS)}")
     if args.weights and not args.data:
         raise UserError("--weights needs --data, because half precision must be measured on real images: give both")
@@ -483,7 +483,9 @@ def main():
     if on_gpu():
         config.batch_size, config.precision = 32, "bfloat16"
     with tempfile.TemporaryDirectory() as folder, tensorflow_errors():
-        rows = bench_scale(row, args.preset, args.quick) if args.scale else measure(args, config, Path(folder))
+        rows = (
+            bench_scale(row, args.preset, args.quick, args.data) if args.scale else measure(args, config, Path(folder))
+        )
     if args.json:
         with whole_file(args.json) as partial:
             partial.write_text(json.dumps({"machine": about, "table": rows}, indent=2) + "\n")

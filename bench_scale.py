@@ -49,19 +49,21 @@ def bookkeeping(count, folder):
     figure_scores(*selection, *ceal.histogram(selection[0])[2:], folder / "scores.png")
 
 
-def scoring(preset, count, workers, folder):
-    """Score `count` drawn images in this process on one core, then on so many workers of one core each; without
-    workers only in this process. Returns the seconds of both. Raises UserError if the scores differ."""
+def scoring(preset, count, workers, file, folder):
+    """Score `count` images in this process on one core, then on so many workers of one core each; without workers only
+    in this process. file: a data file, or "" for drawn images. Returns the seconds of both. Raises UserError if the
+    scores differ."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: max(workers, 1)])
     from cluster import connected
     from config import PRESETS, Config
     from trainer import Trainer, prepare
 
-    drawn = [data.draw_row(n, 1, *SETTINGS[preset]) for n in range(16)]
-    rows = (drawn[n % 16]._replace(id=f"MADE_{n:09d}") for n in range(count))
-    data.write_dataset(folder / "images.h5", rows, count, *SETTINGS[preset], "synthetic lesions")
+    if not file:
+        drawn, file = [data.draw_row(n, 1, *SETTINGS[preset]) for n in range(16)], folder / "images.h5"
+        rows = (drawn[n % 16]._replace(id=f"MADE_{n:09d}") for n in range(count))
+        data.write_dataset(file, rows, count, *SETTINGS[preset], "synthetic lesions")
     config, seconds, scores = Config(**{**PRESETS[preset], "run": str(folder / "run")}), [], []
-    with data.Dataset(folder / "images.h5") as dataset, connected("local" if workers else None) as cluster:
+    with data.Dataset(file) as dataset, connected("local" if workers else None) as cluster:
         prepare(config)
         trainer = Trainer(config, dataset, [128.0] * dataset.channels, [50.0] * dataset.channels)
         for trainer.cluster in (None, cluster) if cluster else (None,):
@@ -84,8 +86,14 @@ def in_process(*arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def bench_scale(row, preset, quick):
-    """Measure all rows, in order. row: bench.row. preset: a key of SETTINGS. Returns the rows, a list of dict."""
+def bench_scale(row, preset, quick, file=None):
+    """Measure all rows, in order. row: bench.row. preset: a key of SETTINGS. file: a data file whose images are scored
+    in place of drawn ones. Returns the rows, a list of dict."""
+    scored = 64 if quick else 512
+    if file:
+        with data.Dataset(file) as dataset:
+            if len(dataset) < scored:
+                raise UserError(f"--data {file} has {len(dataset)} images: give a file with at least {scored}")
     rows = []
     for count in (100_000, 1_000_000) if quick else (1_000_000, 10_000_000):
         (seconds,), memory = in_process("bookkeeping", count)
@@ -93,22 +101,24 @@ def bench_scale(row, preset, quick):
         rows.append(row(f"bookkeeping of a pool of {count:,}", seconds, "s", targets[0]))
         rows.append(row("... memory", memory / 1e9, "GB", targets[1]))
     few = 300 if quick else 2000
-    (_, memory), (_, larger) = (in_process("scoring", "demo", count, 2) for count in (few, 10 * few))
+    (_, memory), (_, larger) = (in_process("scoring", "demo", count, 2, "") for count in (few, 10 * few))
     rows.append(
         row(f"driver's memory, a pool of {10 * few:,} against {few:,}", larger / memory, "times", "at most 1.1")
     )
-    count = 64 if quick else 512
-    ((alone, one), _), ((_, two), _) = (in_process("scoring", preset, count, workers) for workers in (1, 2))
+    measured = (in_process("scoring", preset, scored, workers, file or "")[0] for workers in (1, 2))
+    (alone, one), (_, two) = measured
+    pool = f"images of {Path(file).name}" if file else "drawn images"
     return [
         *rows,
-        row(f"one worker against one process, same core, {count} images", 100 * alone / one, "%", "95 %"),
+        row(f"{scored} {pool}: scores that two workers change", 0, "images", "0"),  # or `scoring` fails
+        row(f"one worker against one process, same core, {scored} images", 100 * alone / one, "%", "95 %"),
         row("two workers of one core against one", one / two, "times", "1.8"),
-        row("two workers, a second", count / two, "images"),
+        row("two workers, a second", scored / two, "images"),
         *(
             row(f"computed from that: {images:,} images on {machines} such machines", images / many, "hours")
             for images in (10**6, 10**7)
             for machines in (1, 8, 64)
-            for many in [count / two * machines * 3600]
+            for many in [scored / two * machines * 3600]
         ),
     ]
 
@@ -122,7 +132,8 @@ def main():
             bookkeeping(int(arguments[0]), Path(folder))
             seconds = [time.monotonic() - started]
         else:
-            seconds = scoring(arguments[0], *map(int, arguments[1:]), Path(folder))
+            preset, count, workers, file = arguments
+            seconds = scoring(preset, int(count), int(workers), file, Path(folder))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1000)
     print(json.dumps([seconds, memory]))
 

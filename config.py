@@ -243,16 +243,16 @@ def argument_parser(description=None):
     parser.add_argument("--force", action="store_true", help="start again; an existing run of this name is moved aside")
     for name, help in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"with --oracle folder or labelstudio: {help}")
-    add_cluster_options(parser)
+    add_cluster_options(parser, "score the pool")
     return parser
 
 
-def add_cluster_options(parser):
-    """Add --cluster and --worker-cores, which are not stored as settings either."""
+def add_cluster_options(parser, work):
+    """Add --cluster and --worker-cores, which are not stored as settings either. work: what the cluster does."""
     parser.add_argument(
         "--cluster",
         metavar="ADDRESS",
-        help="score the pool on a Ray cluster: auto (the one of this machine), an address, or local (start one here)",
+        help=f"{work} on a Ray cluster: auto (the one of this machine), an address, or local (start one here)",
     )
     parser.add_argument(
         "--worker-cores", type=int, default=1, metavar="N", help="with --cluster, without GPUs: cores of a worker (1)"

@@ -4,89 +4,45 @@
     python predict.py photo.jpg folder/ --weights runs/NAME/iteration_09/model.weights.h5 --out masks
     python predict.py folder/ --weights ... --uncertainty --overlay # also writes uncertainty maps and outlines
     python predict.py folder/ --weights ... --truth true_masks/     # also evaluates the masks
+    python predict.py folder/ --weights ... --cluster auto          # on several machines: docs/scale.md
 
+If it is stopped, the same command goes on where it was.
 Masks and metrics.csv go to OUT, uncertainty maps and scores.csv to OUT/uncertainty, outlines to OUT/overlay.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
-import operator
-import threading
+import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from scipy.ndimage import binary_fill_holes
 from scipy.stats import bootstrap
-from skimage.measure import label, regionprops
-from skimage.segmentation import find_boundaries
 
-from ceal import uncertainty_score
-from config import PRECISIONS
-from data import normalise
+from cluster import Job, connected, stamps
+from config import PRECISIONS, add_cluster_options, cluster_options
 from pictures import (
     inverted_warning,
     left_out_line,
     list_images,
-    mask_cover,
     match_masks,
-    open_picture,
-    orientation,
-    other_way,
-    read_image,
-    read_mask,
-    resize_map,
-    size_tells,
     turned_warning,
-    upright,
 )
+from prediction import BATCH, THRESHOLDS, Options, Record, as_row, from_row, is_ours, predict_all
 from utils import (
     LIKELY_DISPUTED,
     UserError,
     composed,
-    cores,
-    expected_agreement,
     first_of,
-    map_in_order,
     print_error,
     print_warning,
     printable,
-    progress_bar,
     run_command,
-    segmentation_metrics,
-    whole_file,
+    track,
     write_csv,
 )
 
 SHIPPED = [Path(__file__).parent / "weights" / f"{name}.weights.h5" for name in ("best", "paper")]  # the best first
-MIRRORS = ((), (1,), (2,), (1, 2))  # the axes of (N, H, W, C) to reverse; the first entry is the image itself
-THRESHOLDS = np.arange(1, 20) / 20
-BATCH = 16
-PIXELS = 48_000_000  # of the pictures that are read or written at the same time; each million takes up to 20 MB
-SOFTWARE = "CEAL predict.py"  # marks the PNG files of this program
-
-
-@dataclasses.dataclass
-class Options:
-    """What to do with the images. The defaults are the paper's: the plain prediction, with a threshold of 0.5."""
-
-    out: Path
-    threshold: float = 0.5
-    tta: bool = False  # the mean over the mirrored images
-    largest: bool = False  # keep only the largest part and fill its holes
-    passes: int = 0  # Monte Carlo passes for the uncertainty; 0: no uncertainty
-    overlay: bool = False
-    truths: dict = dataclasses.field(default_factory=dict)  # an image's path to its true mask's path
-    try_thresholds: bool = False  # evaluate the masks at THRESHOLDS too
-    names: dict = dataclasses.field(default_factory=dict)  # an image's path to its name, if that is not its stem
-
-    def name(self, path):
-        """The name of an image, of which the names of its results are made."""
-        return self.names.get(path, path.stem)
 
 
 # ---------------------------------------------------------------------------------------------------------- the inputs
@@ -134,52 +90,6 @@ def find_truths(folder, images, recursive=False, without=()):
     return {paths[name]: Path(mask) for name, mask in masks.items()}, left_out
 
 
-def find_weights(given):
-    """The path `given`, or that of the best shipped weights if it is None. Raises UserError if there are none."""
-    found = [Path(given)] if given is not None else [path for path in SHIPPED if path.exists()]
-    if not found:
-        raise UserError("--weights is needed, because weights/ has none; give a model.weights.h5 that train.py wrote")
-    return found[0]
-
-
-# ------------------------------------------------------------------------------------------------------ the prediction
-
-
-def read(path, settings):
-    """Returns (path, image at the network's size, original (height, width)), or (path, UserError, None)."""
-    try:
-        return path, *read_image(path, settings["height"], settings["width"], settings["channels"])
-    except UserError as error:
-        return path, error, None
-
-
-def save_png(pixels, path):
-    """Write uint8 pixels to a PNG file, marked as this program's. It appears complete or not at all."""
-    note = PngInfo()
-    note.add_text("Software", SOFTWARE)
-    with whole_file(path) as partial:
-        Image.fromarray(pixels).save(partial, pnginfo=note)
-
-
-def is_ours(path):
-    """Whether `save_png` wrote this file."""
-    try:
-        with open_picture(path) as picture:
-            return picture.info.get("Software") == SOFTWARE
-    except UserError:
-        return False
-
-
-def largest_part(mask):
-    """The largest part (8-connected) of a bool mask (H, W), with its holes filled. An empty mask stays empty."""
-    parts = regionprops(label(mask))
-    kept = np.zeros_like(mask)
-    if parts:
-        largest = max(parts, key=operator.attrgetter("area"))
-        kept[largest.slice] = binary_fill_holes(largest.image)
-    return kept
-
-
 def spare_masks(names, out):
     """Raise UserError if a mask in `out` that this program did not write would be overwritten."""
     for name in names:
@@ -188,166 +98,12 @@ def spare_masks(names, out):
             raise UserError(f"{mask}: predict.py did not write it and would overwrite it; give another --out")
 
 
-def read_truth(path, size):
-    """The true mask, uint8 (H, W), of an image of `size`. Raises UserError if it is unreadable or of another size."""
-    true_mask, own_size = read_mask(path, *size)
-    if own_size != size:
-        sizes = "{}x{} and its image {}x{} rows x columns".format(*own_size, *size)
-        raise UserError(f"{path} is {sizes}; get or draw a mask of the image's own size")
-    return true_mask
-
-
-def rate(mask, true_mask):
-    """The challenge's metrics of a bool mask (H, W): a dict of name to float."""
-    return {name: float(values[0]) for name, values in segmentation_metrics(true_mask[None], mask[None]).items()}
-
-
-class Result(NamedTuple):
-    name: str
-    uncertainty: float | None  # the score; None without passes
-    agreement: float | None  # utils.expected_agreement, likewise
-    rating: dict | UserError | None  # from `rate`, or why it is impossible; None without a true mask
-    curve: list  # the Dice at each of THRESHOLDS; empty if not asked for
-    cover: tuple | None = None  # the true mask's, from pictures.mask_cover
-    unclear: bool = False  # whether the true mask's size does not tell which way it was drawn
-    turned: bool = False  # whether the other way fits the prediction far better
-
-
-def save_results(path, size, prediction, variance, mean, options):
-    """Write the files of one image. Returns its Result.
-
-    size: the image's own (height, width). prediction, variance, mean: float32 maps (H, W); the last two may be None.
-    """
-    probability, name = resize_map(prediction, size), options.name(path)
-
-    def cut(threshold):
-        mask = probability > threshold
-        return largest_part(mask) if options.largest else mask
-
-    mask = cut(options.threshold)
-    save_png(mask.astype(np.uint8) * 255, options.out / f"{name}_segmentation.png")
-    if variance is not None:
-        # 0.25 is the largest variance that a probability can have.
-        grey = np.round(resize_map(variance, size) / 0.25 * 255).astype(np.uint8)
-        save_png(grey, options.out / "uncertainty" / f"{name}_uncertainty.png")
-    if options.overlay:
-        with open_picture(path) as picture:
-            pixels = np.array(upright(picture).convert("RGB"))
-        pixels[find_boundaries(mask, mode="thick")] = 0, 255, 255
-        save_png(pixels, options.out / "overlay" / f"{name}_overlay.png")
-    doubt = (None, None)
-    if variance is not None:
-        doubt = uncertainty_score(variance, mean), float(expected_agreement(mean[None])[0])
-    result = Result(name, *doubt, None, [])
-    if path in options.truths:
-        try:
-            result = evaluate(result, path, mask, cut, options)
-        except UserError as error:
-            result = result._replace(rating=error)
-    return result
-
-
-def evaluate(result, path, mask, cut, options):
-    """Compare the mask, bool (H, W), of an image with its true mask. Returns the completed Result.
-
-    cut: a function from a threshold to the mask. Raises UserError if the true mask cannot be used."""
-    true_mask = read_truth(options.truths[path], mask.shape)
-    rating = rate(mask, true_mask)
-    curve = [rate(cut(t), true_mask)["dice"] for t in THRESHOLDS] if options.try_thresholds else []
-    with open_picture(path) as picture:
-        turn = orientation(picture)
-    unclear, turned = not size_tells(turn, mask.shape), False
-    if unclear:
-        turned = rate(mask, other_way(true_mask, turn))["dice"] >= rating["dice"] + 0.3
-    return result._replace(rating=rating, curve=curve, cover=mask_cover(true_mask), unclear=unclear, turned=turned)
-
-
-def predict_batch(model, settings, batch, options):
-    """Predict a list of (path, image, original size). Returns rows (path, original size, prediction, variance, mean);
-    variance and mean are of the Monte Carlo passes, or None without passes."""
-    paths, images, sizes = zip(*batch)
-    images, normalisation = np.stack(images), {name: settings[name] for name in ("mean", "std")}
-    inputs, mirrors = normalise(images, **normalisation), MIRRORS if options.tta else MIRRORS[:1]
-    predictions = [np.flip(model.predict_on_batch(np.flip(inputs, axes)), axes) for axes in mirrors]
-    mean = variance = [None] * len(batch)
-    if options.passes:
-        from sampler import mc_dropout  # here, because TensorFlow takes seconds to import
-
-        mean, variance = mc_dropout(model, images, options.passes, seed=0, **normalisation)
-    return zip(paths, sizes, np.mean(predictions, 0)[..., 0], variance, mean)
-
-
-def in_batches(items):
-    """Yield lists of up to BATCH items."""
-    items = iter(items)
-    while batch := list(itertools.islice(items, BATCH)):
-        yield batch
-
-
-class Room:
-    """Room in memory for a number of pixels. Threads wait until there is enough for their picture."""
-
-    def __init__(self, pixels):
-        self._all = self._free = pixels
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def take(self, pixels):
-        """Keep room for the block; all of it for a picture that has more pixels."""
-        pixels = min(pixels, self._all)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= pixels)
-            self._free -= pixels
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += pixels
-                self._changed.notify_all()
-
-
-def pixels_of(path):
-    """The number of pixels of a picture; 0 if it cannot be read."""
-    try:
-        with open_picture(path) as picture:
-            return picture.width * picture.height
-    except UserError:
-        return 0
-
-
-def predict_all(images, model, settings, options):
-    """Write the results of every image. Reading, predicting and writing run at the same time.
-
-    Returns a list of Result, and a list of UserError, one for each image that could not be read."""
-    results, unreadable = [], []
-    room = Room(PIXELS)
-    largest = max(map(pixels_of, itertools.islice(images, BATCH)), default=0)
-    workers = min(cores(), max(2, PIXELS // max(largest, 1)))  # a waiting thread, too, keeps some memory
-
-    def read_one(path):
-        with room.take(pixels_of(path)):
-            return read(path, settings)
-
-    def save_one(row):
-        with room.take(row[1][0] * row[1][1]):
-            return save_results(*row, options)
-
-    with progress_bar() as progress:
-        task = progress.add_task("images", total=len(images))
-
-        def readable():
-            for path, image, size in map_in_order(read_one, images, workers):
-                if size is None:
-                    unreadable.append(image)
-                    progress.advance(task)
-                else:
-                    yield path, image, size
-
-        rows = (row for batch in in_batches(readable()) for row in predict_batch(model, settings, batch, options))
-        for result in map_in_order(save_one, rows, workers):
-            results.append(result)
-            progress.advance(task)
-    return results, unreadable
+def find_weights(given):
+    """The path `given`, or that of the best shipped weights if it is None. Raises UserError if there are none."""
+    found = [Path(given)] if given is not None else [path for path in SHIPPED if path.exists()]
+    if not found:
+        raise UserError("--weights is needed, because weights/ has none; give a model.weights.h5 that train.py wrote")
+    return found[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
@@ -435,7 +191,9 @@ def read_arguments():
     add("--threshold", type=float, default=0.5, metavar="X", help="pixels above X are lesion (default %(default)s)")
     add("--try-thresholds", action="store_true", help="with --truth: print the Dice at thresholds of 0.05 to 0.95")
     add("--precision", default="float32", choices=PRECISIONS, help="the network's precision (default float32)")
+    add_cluster_options(parser, "predict the images")
     args = parser.parse_args()
+    args.where = cluster_options(vars(args))
     if args.passes and not args.uncertainty:
         raise UserError(f"--passes {args.passes}: only --uncertainty uses passes; add --uncertainty")
     args.passes = 20 if args.passes is None else args.passes
@@ -452,6 +210,51 @@ def read_arguments():
     return args
 
 
+def predict_images(images, weights, options, args):
+    """Write the results of all images. Returns the Result, or the UserError if it cannot be read, of each one."""
+    from devices import tensorflow_errors, use_devices  # here, because TensorFlow takes seconds to import
+    from unet import load_unet
+
+    use_devices()
+    with tensorflow_errors():
+        network = load_unet(weights, args.precision)
+    command = args.precision, str(weights.resolve()), weights.stat().st_mtime_ns
+    record = Record(command, [*images, *options.truths.values()], options)
+    with connected(*args.where) as cluster, tensorflow_errors():
+        found = record.done(images.values())
+        if found:
+            print(f"{len(found)} of {len(images)} images were done before", file=sys.stderr)
+        rest = dict(itertools.islice(images.items(), len(found), None))
+        if cluster:
+            rows = on_cluster(cluster, rest, network, options, args, record)
+        else:
+            new = track(predict_all(rest, *network, options), "images", len(rest))
+            rows = (as_row(name, one, options) for name, one in zip(rest.values(), new))
+        for row in rows:
+            record.add(row)
+            found.append(from_row(row))
+    record.remove()
+    return found
+
+
+def on_cluster(cluster, images, network, options, args, record):
+    """Yield the row of each image, from the workers of a cluster, in order."""
+    (model, settings), paths = network, list(images)
+    few = dataclasses.replace(options, truths={}, names={})
+    task = {"settings": settings, "options": few, "precision": args.precision, "weights": model.get_weights()}
+    folders = {str(path if path.is_dir() else path.parent) for path in map(Path, args.inputs)}
+    record.make()
+    shared = {str(record.path): None, **stamps(*folders, *([args.truth] if args.truth else []))}
+
+    def arguments(_, piece):
+        truths = {path: options.truths[path] for path in piece if path in options.truths}
+        return {path: (images[path], path.exists()) for path in piece}, truths
+
+    job = Job(("prediction", "Predicting"), task, "images", arguments, shared)
+    pieces = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
+    return itertools.chain.from_iterable(cluster.in_order(job, pieces))
+
+
 def main():
     """The command line."""
     args = read_arguments()
@@ -464,18 +267,12 @@ def main():
         truths, others = find_truths(args.truth, images, args.recursive, [args.out])
         used = {str(path) for path in truths.values()}
         left_out = list({item.path: item for item in left_out + others if item.path not in used}.values())
-    from devices import tensorflow_errors, use_devices  # here, because TensorFlow takes seconds to import
-    from unet import load_unet
-
-    use_devices()
-    with tensorflow_errors():
-        model, settings = load_unet(weights, args.precision)
     passes = args.passes if args.uncertainty else 0
     options = Options(
         args.out, args.threshold, args.tta, args.largest, passes, args.overlay, truths, args.try_thresholds, images
     )
-    with tensorflow_errors():
-        results, errors = predict_all(images, model, settings, options)
+    found = predict_images(images, weights, options, args)
+    results, errors = ([one for one in found if isinstance(one, UserError) == failed] for failed in (False, True))
     unreadable = f"; {len(errors)} images could not be read" if errors else ""
     print(f"{args.out}: {len(results)} masks by {weights}, threshold {args.threshold:g}{unreadable}")
     if args.uncertainty and results:

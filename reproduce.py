@@ -2,6 +2,7 @@
 
     python reproduce.py --preset quick --out results/quick --regimes scarce --arms ceal,random,full --seeds 5
     python reproduce.py --preset quick --out results/quick --only ceal,3 --regimes scarce    # one run: for a job array
+    python reproduce.py --preset quick --out results/quick --cluster auto      # on several machines: docs/scale.md
     python reproduce.py --preset quick --out results/quick --report            # the report of the finished runs only
 
 The options of train.py apply to all runs. Give the same ones each time: a record with other settings is an error. Each
@@ -10,10 +11,14 @@ in OUT/records/, and the report uses only these records.
 """
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
+import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +27,8 @@ from pathlib import Path
 import ceal
 import experiment
 import figures
-from config import read_config
+from cluster import Job, connected, stamps
+from config import add_cluster_options, cluster_options, read_config
 from data import Dataset
 from experiment import (
     ARMS,
@@ -40,7 +46,20 @@ from experiment import (
     recorded_data,
 )
 from process import outlasting_output
-from utils import UserError, cores, progress_bar, read_csv, run_command, whole_file, whole_folder, write_csv
+from run_folder import locked
+from utils import (
+    UserError,
+    cores,
+    print_warning,
+    progress_bar,
+    read_csv,
+    run_command,
+    whole_file,
+    whole_folder,
+    write_csv,
+)
+
+LOCKED = 300  # seconds that a worker waits for a run that another process does
 
 # ------------------------------------------------------------------------------------------------------------- the runs
 
@@ -67,30 +86,45 @@ def begin_from_another(run, folder, base):
                 (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def start(run, folder, base, threads):
-    """Start a process of train.py that does or continues this run. Its output goes to a log file beside the folder."""
+def start(run, folder, base, threads, prepare=None):
+    """Start a process of train.py that does or continues this run. Its output goes to a log file beside the folder.
+    threads: of TensorFlow, or None to leave this to the environment; prepare: called in the process at its start."""
     config = dataclasses.replace(configure(run, base), run=str(folder))
     options = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(config).items()]
     command = [sys.executable, os.path.relpath(Path(__file__).with_name("train.py")), *options]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "TF_NUM_INTRAOP_THREADS": str(threads), "TF_NUM_INTEROP_THREADS": str(threads)}
+    limits = dict.fromkeys(("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"), str(threads)) if threads else {}
     with open(f"{folder}.log", "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **limits}, preexec_fn=prepare)
 
 
-def run_all(runs, out, base, jobs):
-    """Do the runs that have no record yet, `jobs` at a time. Raises UserError if the data differ from those of the
-    records and, at the end, if runs failed."""
+def run_all(runs, out, base, jobs, cluster=None):
+    """Do the runs that have no record yet: `jobs` at a time, or by the workers of a cluster. Raises UserError if the
+    data differ from those of the records and, at the end, if runs failed."""
     waiting = [run for run in runs if not (out / "records" / run.name).exists()]
     if waiting:
         check_data(base.data, out)
-    work, under_way, failed = Path("runs") / out.name, {}, []
+    work, failed = Path("runs") / out.name, []
     for run in waiting:  # train.py itself allows another batch size
         folder = work / run.name
         if (folder / "config.json").exists() and (different := different_setting(run, folder, base)):
             raise UserError(f"{folder} was begun with {different}: give the same options again, or another --out")
-    threads = os.environ.get("TF_NUM_INTRAOP_THREADS") or max(1, cores() // jobs)
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already; logs in {work}/", flush=True)
+    ended = on_cluster(waiting, work, base, cluster) if cluster else in_processes(waiting, work, base, jobs)
+    for run, failure in ended:
+        if failure:
+            failed.append(f"{work / run.name}.log")
+        else:
+            keep_record(run, work / run.name, out)
+            print_run(run, out)
+    if failed:
+        raise UserError(f"{len(failed)} runs failed; read why at the end of these logs: {', '.join(failed)}")
+
+
+def in_processes(waiting, work, base, jobs):
+    """Do the runs on this machine, `jobs` at a time. Yields (run, whether it failed) when it has ended."""
+    waiting, under_way = list(waiting), {}
+    threads = os.environ.get("TF_NUM_INTRAOP_THREADS") or max(1, cores() // jobs)
     try:
         with progress_bar() as progress:
             task = progress.add_task("runs", total=len(waiting))
@@ -101,19 +135,60 @@ def run_all(runs, out, base, jobs):
                     under_way[run] = start(run, work / run.name, base, threads)
                 time.sleep(0.5)
                 for run in [run for run, process in under_way.items() if process.poll() is not None]:
-                    if under_way.pop(run).returncode:
-                        failed.append(f"{work / run.name}.log")
-                    else:
-                        keep_record(run, work / run.name, out)
-                        print_run(run, out)
+                    yield run, under_way.pop(run).returncode != 0
                     progress.advance(task)
     finally:
         for process in under_way.values():
             process.terminate()
         for process in under_way.values():
             process.wait()
-    if failed:
-        raise UserError(f"{len(failed)} runs failed; read why at the end of these logs: {', '.join(failed)}")
+
+
+def on_cluster(waiting, work, base, cluster):
+    """Do the runs on the workers of a cluster, which share a disk. Yields (run, None or why it failed)."""
+    work.mkdir(parents=True, exist_ok=True)
+    mark = work / ".shared"  # by its time of change the workers know the folder
+    if not mark.exists():
+        mark.touch()
+    shared = stamps(mark, *([] if base.data == "auto" else [base.data]))
+    job = Job(("reproduce", "Running"), {"work": work, "base": base}, "runs", shared=shared, long=True)
+    for number, _, failure in cluster.as_done(job, [[run] for run in waiting]):
+        if failure:
+            print_warning(f"{waiting[number].name} failed: {failure}")
+        yield waiting[number], failure
+
+
+class Running:
+    """Does runs as a worker of a cluster. task: the dict that `on_cluster` made."""
+
+    def __init__(self, task):
+        self.work, self.base = task["work"], task["base"]
+
+    def begin(self, _):
+        """Returns True: this machine has all that it needs."""
+        return True
+
+    def do(self, runs):
+        """Do a run, in a process that ends with this worker. Raises UserError if it fails."""
+        (run,) = runs
+        folder = self.work / run.name
+        wait_for(folder)
+        begin_from_another(run, folder, self.base)
+        prctl = getattr(ctypes.CDLL(None), "prctl", None)  # of Linux; 1 is PR_SET_PDEATHSIG
+        end_with_parent = functools.partial(prctl, 1, signal.SIGTERM) if prctl else None
+        if start(run, folder, self.base, None, end_with_parent).wait():
+            last = Path(f"{folder}.log").read_text(errors="replace").splitlines()[-1:]
+            raise UserError(f"{folder}.log ends with: {''.join(last)}")
+
+
+def wait_for(folder):
+    """Wait until no process does this run. That of a lost worker on another machine may go on for a while."""
+    for _ in range(LOCKED):
+        if not folder.exists():
+            return
+        with contextlib.suppress(UserError), locked(folder):
+            return
+        time.sleep(1)
 
 
 def check_data(path, out):
@@ -208,12 +283,12 @@ def main():
         "--jobs", type=int, default=1, help="runs at the same time, each on its share of the cores (default 1)"
     )
     parser.add_argument("--report", action="store_true", help="do no runs; report the finished ones")
+    add_cluster_options(parser, "do the runs")
     args, rest = parser.parse_known_args()
+    where = cluster_options(vars(args))
     for option in rest:
         if option.partition("=")[0] in ("--run", "--seed", "--force"):
             raise UserError(f"{option}: each run has its own; leave it out, and use --out and --seeds")
-        if option.partition("=")[0] in ("--cluster", "--worker-cores"):
-            raise UserError(f"{option}: only for train.py; here use --jobs, or --only in a job array")
     base, regimes = read_config(rest), args.regimes.split(",")
     arms, seeds = args.arms.split(","), seeds_of(args.seeds)
     if args.only:
@@ -224,6 +299,8 @@ def main():
             raise UserError(f"{option} {unknown[0]}: not one of {', '.join(known)}")
     if not seeds or min(seeds) < 1 or args.jobs < 1:
         raise UserError("--seeds and --jobs must be at least 1; --only takes ARM,SEED, for instance ceal,3")
+    if args.jobs > 1 and where[0]:
+        raise UserError(f"--jobs {args.jobs}: with --cluster, give --worker-cores in place of it")
     if args.report and args.only:
         raise UserError("--report and --only cannot be combined, because --only makes no report; leave one of them out")
     if not base.iterations:
@@ -238,7 +315,8 @@ def main():
     check_records(args.out, base)
     if not args.report:
         runs = [Run(regime, arm, seed) for regime in regimes for arm in arms for seed in seeds]
-        run_all(list({run.name: run for run in runs}.values()), args.out, base, args.jobs)
+        with connected(*where) as cluster:
+            run_all(list({run.name: run for run in runs}.values()), args.out, base, args.jobs, cluster)
     if not args.only:
         report(args.out)
 

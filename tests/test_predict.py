@@ -21,6 +21,7 @@ from scipy import ndimage
 from scipy.stats import binom
 
 import predict
+import prediction
 from data import draw_row, normalise
 from pictures import TURNS
 from unet import build_unet, load_unet, save_unet
@@ -209,6 +210,51 @@ def test_a_name_that_begins_with_a_dash_is_given_after_two_dashes(unet_weights, 
     assert (tmp_path / "out" / "-dash_segmentation.png").exists()
 
 
+# -------------------------------------------------------------------------------------------------------- interruptions
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "done"),
+    [
+        (lambda folder: None, 16),
+        (lambda folder: (folder / "out" / "ISIC_0000003_segmentation.png").unlink(), 0),  # its batch is done again
+        (lambda folder: os.utime(folder / "images" / "ISIC_0000003.jpg"), 0),  # it is another command's record then
+    ],
+)
+def test_a_stopped_prediction_goes_on_where_it_was(lesions, unet_weights, monkeypatch, capsys, meanwhile, done):
+    monkeypatch.chdir(lesions)
+    arguments = "images", "--weights", unet_weights, "--out", "out", "--uncertainty", "--passes", 2, "--truth", "truth"
+    (lesions / "images" / "ISIC_0000004.jpg").write_text("no picture")
+    assert run_main(monkeypatch, *arguments) == 2
+    whole = contents(lesions / "out"), capsys.readouterr()
+    shutil.rmtree(lesions / "out")
+    add = prediction.Record.add
+
+    def stop(record, row):
+        if row[0] == "ISIC_0000018":
+            raise KeyboardInterrupt
+        add(record, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction.Record, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_main(monkeypatch, *arguments)
+    meanwhile(lesions)
+    capsys.readouterr()
+    assert run_main(monkeypatch, *arguments) == 2
+    told = f"{done} of 20 images were done before\n" if done else ""
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (whole[1].out, told + whole[1].err)
+    left = [path for path in (lesions / "out").glob(".*") if not (path.suffix == ".jsonl" and not done)]
+    assert left == []
+    assert {name: file for name, file in contents(lesions / "out").items() if name[0] != "."} == whole[0]
+
+
+def contents(folder):
+    """A dict of the name of each file in a folder and below to its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 # ------------------------------------------------------------------------------------------------------------- --truth
 
 METRICS = "dice", "jaccard", "sensitivity", "specificity", "accuracy", "threshold_jaccard"
@@ -261,7 +307,7 @@ def test_rating_equals_the_challenges_scorer_on_random_and_extreme_masks(tmp_pat
             path = tmp_path / f"{folder}_{n}" / f"ISIC_{n:07d}_segmentation.png"
             path.parent.mkdir()
             Image.fromarray(pixels.astype(np.uint8)).save(path)
-        ours = predict.rate(mask, predict.read_truth(tmp_path / f"truth_{n}" / path.name, mask.shape))
+        ours = prediction.rate(mask, prediction.read_truth(tmp_path / f"truth_{n}" / path.name, mask.shape))
         assert ours == pytest.approx(of_scorer(tmp_path / f"truth_{n}", path.parent), abs=1e-6), n
 
 
@@ -383,11 +429,11 @@ def test_tta_is_the_mean_over_the_mirrored_images(tta):
     images = np.random.default_rng(1).integers(0, 256, (5, 3, 4, 1), np.uint8)
     batch = [(n, image, (3, 4)) for n, image in enumerate(images)]
     settings = {"mean": [0.0], "std": [255.0]}
-    rows = list(predict.predict_batch(Ramp(), settings, batch, predict.Options(Path("out"), tta=tta)))
+    rows = list(prediction.predict_batch(Ramp(), settings, batch, prediction.Options(Path("out"), tta=tta)))
     # The mean weight of a pixel and its three mirrored pixels is 5.5 / 12 for every pixel.
     weights = 5.5 / 12 if tta else Ramp.weights
     assert [path for path, *_ in rows] == [0, 1, 2, 3, 4]
-    found = np.stack([prediction for _, _, prediction, *_ in rows])
+    found = np.stack([row[2] for row in rows])
     np.testing.assert_allclose(found, images[..., 0] / 255 * weights, rtol=1e-5)
 
 
@@ -423,10 +469,10 @@ def test_the_largest_part_is_kept_and_its_holes_are_filled():
         ..........
     """
     mask, expected = ([[pixel == "#" for pixel in line] for line in text.split()] for text in (picture, filled))
-    np.testing.assert_array_equal(predict.largest_part(np.array(mask)), expected)
+    np.testing.assert_array_equal(prediction.largest_part(np.array(mask)), expected)
     full, empty = np.ones((4, 5), bool), np.zeros((4, 5), bool)
-    np.testing.assert_array_equal(predict.largest_part(full), full)
-    np.testing.assert_array_equal(predict.largest_part(empty), empty)
+    np.testing.assert_array_equal(prediction.largest_part(full), full)
+    np.testing.assert_array_equal(prediction.largest_part(empty), empty)
 
 
 def test_the_largest_part_on_random_masks_is_that_of_scipy():
@@ -436,7 +482,7 @@ def test_the_largest_part_on_random_masks_is_that_of_scipy():
         parts, count = ndimage.label(mask, np.ones((3, 3)))
         sizes = ndimage.sum_labels(mask, parts, range(1, count + 1))
         expected = ndimage.binary_fill_holes(parts == 1 + np.argmax(sizes))
-        np.testing.assert_array_equal(predict.largest_part(mask), expected)
+        np.testing.assert_array_equal(prediction.largest_part(mask), expected)
 
 
 def test_what_is_above_the_threshold_is_lesion(lesions, unet_weights, monkeypatch, capsys):
@@ -639,7 +685,7 @@ class Idle:
 def test_what_is_under_way_at_once_is_limited_by_cores_and_pixels(tmp_path, monkeypatch, cores, side, most):
     """Room for 3 megapixels; the larger pictures have 6."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
-    monkeypatch.setattr(predict, "PIXELS", 3_000_000)
+    monkeypatch.setattr(prediction, "PIXELS", 3_000_000)
     under_way, highest, lock = [], [], threading.Lock()
 
     def counted(function):
@@ -657,13 +703,13 @@ def test_what_is_under_way_at_once_is_limited_by_cores_and_pixels(tmp_path, monk
         return call
 
     for name in "read", "save_results":
-        monkeypatch.setattr(predict, name, counted(getattr(predict, name)))
+        monkeypatch.setattr(prediction, name, counted(getattr(prediction, name)))
     for n in range(40 if side == 100 else 8):
         Image.new("L", (side, side), 99).save(tmp_path / f"{n}.png")
     images, _ = predict.find_images([tmp_path])
     settings = {"height": 48, "width": 64, "channels": 1, "mean": [0.0], "std": [1.0]}
-    results, errors = predict.predict_all(images, Idle(), settings, predict.Options(tmp_path / "out"))
-    assert (len(results), errors) == (len(images), [])
+    results = list(prediction.predict_all(images, Idle(), settings, prediction.Options(tmp_path / "out")))
+    assert [result.name for result in results] == list(images.values())
     assert max(highest) <= most
     if side == 100:
         assert max(highest) > most / 4
