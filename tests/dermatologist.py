@@ -45,7 +45,8 @@ def outline(mask):
     tolerance = 0.5
     while len(corners := approximate_polygon(contour, tolerance)[:-1]) > CORNERS:
         tolerance *= 1.3
-    points = (100 * (corners[:, ::-1] + 0.5) / mask.shape[::-1]).clip(1, 99)
+    # Label Studio shows a square photograph a little enlarged, without its outermost pixels.
+    points = (100 * (corners[:, ::-1] + 0.5) / mask.shape[::-1]).clip(2.5, 97.5)
     kept = [points[0]]  # a click on another corner would be lost
     for point in points[1:]:
         if min(np.hypot(*(point - kept[-1])), np.hypot(*(point - kept[0]))) >= APART:

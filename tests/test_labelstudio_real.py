@@ -40,10 +40,9 @@ OPTIONS = """
 """
 READY = """return window.Htx && Htx.task && document.querySelector('.konvajs-content canvas')
     && document.querySelector('img[alt=image]').complete && Htx.task.id"""
-PLACE = """const image = document.querySelector('img[alt=image]'), box = image.getBoundingClientRect()
-    const scale = Math.min(box.width / image.naturalWidth, box.height / image.naturalHeight)
-    const width = scale * image.naturalWidth, height = scale * image.naturalHeight
-    return [box.x + (box.width - width) / 2, box.y + (box.height - height) / 2, width, height]"""
+PLACE = (
+    "const r = document.querySelector('img[alt=image]').getBoundingClientRect(); return [r.x, r.y, r.width, r.height]"
+)
 REGIONS = "return Htx.annotationStore.selected.regions.length"
 
 pytestmark = [
