@@ -80,7 +80,7 @@ def annotate(browser, studio, address, masks):
         mask = masks[task["data"]["id"]]
         browser.wait("return document.querySelector('img[alt=image]').getBoundingClientRect().width > 200")
         proposals = [p["result"] for p in task["predictions"] if p["result"]]
-        if proposals and segmentation_metrics(mask, join(proposals[0], "Lesion", *mask.shape))["dice"] >= 0.9:
+        if proposals and dice(join(proposals[0], "Lesion", *mask.shape), mask) >= 0.9:
             accepted += 1
         else:
             drawn += 1
@@ -88,6 +88,11 @@ def annotate(browser, studio, address, masks):
         browser.click("[data-testid=bottombar-submit-button]")
         wait_for(lambda number=number: studio.call("GET", f"/api/tasks/{number}/")["annotations"])
     return drawn, accepted
+
+
+def dice(mask, other):
+    """The Dice of two masks, bool (H, W)."""
+    return segmentation_metrics(mask[None], other[None])["dice"][0]
 
 
 def draw(browser, corners, proposed):
