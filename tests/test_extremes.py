@@ -217,4 +217,6 @@ def test_predictions_that_are_empty_or_full_are_masks(tmp_path, monkeypatch, cap
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert picture.size == (40, 30)
             assert set(np.unique(picture)) == {level}
-    assert read_csv(tmp_path / "out" / "uncertainty" / "scores.csv") == [{"name": "one", "uncertainty": "0.0"}]
+    (row,) = read_csv(tmp_path / "out" / "uncertainty" / "scores.csv")
+    assert (row["name"], row["uncertainty"]) == ("one", "0.0")
+    assert 0 <= float(row["agreement"]) <= 1

@@ -84,9 +84,9 @@ def test_images_on_which_specialists_may_disagree_are_named(tmp_path, capsys):
     for name in maps:
         Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
     mean = {name: np.full((16, 16), value, np.float32) for name, value in maps.items()}
-    options = predict.Options(tmp_path, passes=2)
+    options = prediction.Options(tmp_path, passes=2)
     results = [
-        predict.save_results(tmp_path / f"{name}.png", (32, 32), mean[name], mean[name] * 0.1, mean[name], options)
+        prediction.save_results(tmp_path / f"{name}.png", (32, 32), mean[name], mean[name] * 0.1, mean[name], options)
         for name in maps
     ]
     predict.report_uncertainty(results, tmp_path / "uncertainty")

@@ -130,7 +130,7 @@ def test_scores_are_of_the_pool_and_shrink_by_the_queries(a_run, dataset):
     pool = set(dataset.ids[split(dataset, 16, 30, 10).pool])
     for k in (1, 2, 3):
         rows = read_csv(run / f"iteration_0{k}" / "scores.csv")
-        assert list(rows[0]) == ["id", "uncertainty", "dice"]
+        assert list(rows[0]) == ["id", "uncertainty", "dice", "agreement"]
         assert {row["id"] for row in rows} == pool
         queries = read_csv(run / f"iteration_0{k}" / "queries.csv")
         groups = [row["group"] for row in queries]
