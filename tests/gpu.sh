@@ -23,7 +23,7 @@ part() { # name, seconds, command: runs it, and goes on if it fails
 if [ -z "$DRY" ] && [ ! -e "$data" ]; then
   part data 60 "$PYTHON" data.py isic "$ISIC" "$data"
 fi
-part tests 100 "$PYTHON" -m pytest tests/test_gpu.py -q -rs --durations=0 -p no:cacheprovider
+part tests 100 "$PYTHON" -m pytest tests/test_gpu.py tests/test_gpu_score.py -q -rs --durations=0 -p no:cacheprovider
 if [ -n "$DRY" ]; then
   part bench 300 "$PYTHON" bench.py --quick --preset demo --json gpu/bench.json
   part run 120 "$PYTHON" train.py --preset demo --initial-steps 20 --iterations 1 --run gpu/run
