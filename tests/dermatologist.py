@@ -18,15 +18,15 @@ from browser import Browser
 from conftest import ROOT
 from PIL import Image
 from skimage.measure import approximate_polygon, find_contours, label, regionprops
-from test_labelstudio_real import EMAIL, PASSWORD, PLACE, READY, REGIONS, Studio, end, free_port, start
+from test_labelstudio_real import EMAIL, PASSWORD, PLACE, READY, REGIONS, Studio, free_port, start
 
 from brush import join
 from utils import segmentation_metrics
 
 CORNERS, APART = 30, 4  # corners of a drawn outline, at most, and their least distance in percent of the image's size
 SETTINGS = """
-    --preset quick --initial 20 --pool 40 --test 0 --iterations 3 --initial-steps 600 --active-steps 150
-    --no-detection 2 --most-uncertain 3 --random 3 --audit 2 --pseudo-start 2 --pseudo-first 4 --pseudo-step 2
+    --preset quick --initial 20 --pool 40 --test 0 --iterations 2 --initial-steps 400 --active-steps 100
+    --no-detection 2 --most-uncertain 3 --random 3 --audit 2 --pseudo-start 2 --pseudo-first 4
 """
 
 
@@ -136,7 +136,7 @@ def main(isic, out, count=60):
     browser = log_in(studio, out)
     try:
         while True:
-            code, log = end(start(run, *options), run)
+            code, log = start(run, *options).wait(), Path(f"{run}.log").read_text()
             assert code == 0, log
             if "done: " in log:
                 break
