@@ -241,6 +241,7 @@ def connected(address, worker_cores=1):
         return
     ray = start_ray(address)
     try:
+        require_cores(ray, worker_cores)
         yield Cluster(ray, worker_cores)
     finally:
         ray.shutdown()
@@ -263,8 +264,8 @@ def start_ray(address):
         found = ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:  # Ray raises many kinds
         raise UserError(
-            f"--cluster {address}: no Ray cluster there ({in_one_line(error)}); start one (ray start --head), or give "
-            "--cluster local"
+            f"--cluster {address}: no Ray cluster answers there ({in_one_line(error)}); start one, with the same "
+            "RAY_AUTH_MODE and token on each machine (docs/scale.md), or give --cluster local"
         )
     # Or Ray prints pages of its own log when a machine is lost.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
@@ -272,6 +273,14 @@ def start_ray(address):
     dashboard = f", dashboard at http://{found.dashboard_url}" if found.dashboard_url else ""
     print(f"cluster   Ray {ray.__version__}, machines: {len(ray.nodes())}{dashboard}", file=sys.stderr, flush=True)
     return ray
+
+
+def require_cores(ray, worker_cores):
+    """Raise UserError if no machine of the cluster, which has no GPU, has room for a worker."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = max((int(machine.get("CPU", 0)) for machine in machines), default=0)
+    if 0 < most < worker_cores and not any("GPU" in machine for machine in machines):
+        raise UserError(f"--worker-cores {worker_cores}: no machine of the cluster has more than {most}; give fewer")
 
 
 def require_listener(address):

@@ -338,6 +338,8 @@ def main():
     if run.exists() and not (run / "config.json").exists() and not (run.is_dir() and only_ours(run)):
         raise UserError(f"{run} exists already and is not a run: give another --run, or move it away")
     go_on = f"go on with: python train.py --run {shlex.quote(str(run))}"
+    if where[0]:
+        go_on += f" --cluster {shlex.quote(where[0])}"
 
     def advise():
         return go_on if (run / "config.json").exists() else "nothing has been started yet; give the same command again"

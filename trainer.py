@@ -286,8 +286,11 @@ class Trainer:
 
         record: a file that takes the results of each chunk, so that an interrupted scoring continues."""
         done = read_record(record, iteration)
+        count = sum(len(rated[0]) for rated in done)
+        if count:
+            print(f"{count} of {len(pool.unlabelled)} images are scored already", flush=True)
         # Recorded chunks may have another size, if the number of devices has changed.
-        chunks = in_chunks(pool.unlabelled[sum(len(rated[0]) for rated in done) :], self.chunk)
+        chunks = in_chunks(pool.unlabelled[count:], self.chunk)
         if self.cluster:
             found = self.cluster.rate(self, chunks, iteration)
         else:

@@ -49,7 +49,7 @@ def test_a_cluster_that_is_not_there_is_an_error_at_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
     for address in "127.0.0.1:1", "auto":
-        with pytest.raises(UserError, match=rf"--cluster {address}: no Ray cluster there"), connected(address):
+        with pytest.raises(UserError, match=rf"--cluster {address}: no Ray cluster answers there"), connected(address):
             pass
 
 
