@@ -99,6 +99,7 @@ def make_page(run, dataset, done=False):
         history=history,
         quality=quality,
         groups=[(group, NAMES[group]) for group in COMPARED],
+        audited=any(row["estimate"] for row in quality),
         state=state(config, history, waiting, done),
         next=what_next(run, history, waiting, done, config),
         waiting=waiting,

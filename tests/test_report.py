@@ -174,6 +174,14 @@ def test_images_on_which_specialists_may_disagree_are_marked(tmp_path):
     assert read_scores(tmp_path) == {"a": "0.5, specialists are likely to disagree", "b": "0.25", "c": "3"}
 
 
+def test_the_estimate_for_the_pool_is_in_the_table(a_run, dataset, monkeypatch):
+    assert "estimate" not in check(make_page(a_run, dataset)).text
+    rows = report.read_quality(a_run, 3)
+    rows[-1] |= {"estimate": "0.812", "estimate_low": "0.7", "estimate_high": "0.9"}
+    monkeypatch.setattr(report, "read_quality", lambda *_: rows)
+    assert "0.812 (0.700 to 0.900)" in check(make_page(a_run, dataset)).text
+
+
 def test_the_page_is_made_anew_from_the_folder_alone(a_run, dataset):
     assert make_page(a_run, dataset, done=True) == (a_run / "report.html").read_text()
 
