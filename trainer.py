@@ -248,7 +248,7 @@ class Trainer:
         highest = self.config.highest_rate(iteration)
         batches = self.batches(positions, labels, iteration, first)
         steps = track(batches, f"iteration {iteration}: training steps", last - first)
-        earlier = int(self.model.optimizer.iterations) - first  # steps of the iterations before
+        earlier = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations)) - first  # of the iterations before
         with tensorflow_errors(with_less_memory(self.config)):
             for number, batch in enumerate(steps, first):
                 restart(dropout, dropout_seed, number)

@@ -69,7 +69,6 @@ def test_peak_memory_is_the_scripts_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_pool_of_a_million_takes_a_minute_and_3_gb_at_most():
-    (seconds,), memory = in_process("bookkeeping", 1_000_000)
-    assert seconds < 60
+def test_a_pool_of_a_million_takes_3_gb_at_most():
+    _, memory = in_process("bookkeeping", 1_000_000)
     assert memory < 3e9
