@@ -115,10 +115,10 @@ def read_answers_of(folder):
 # ------------------------------------------------------------------------------------------------------- all iterations
 
 
-def is_stable(stabilities):
-    """Whether the last IN_A_ROW of these numbers, one per iteration or None, reach STABLE."""
+def is_stable(stabilities, level=STABLE):
+    """Whether the last IN_A_ROW of these numbers, one per iteration or None, reach the level."""
     last = stabilities[-IN_A_ROW:]
-    return len(last) == IN_A_ROW and all(value is not None and value >= STABLE for value in last)
+    return len(last) == IN_A_ROW and all(value is not None and value >= level for value in last)
 
 
 def read_quality(run, iterations):

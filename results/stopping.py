@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
-from quality import IN_A_ROW
+from quality import is_stable
 from utils import read_csv
 
 
 def stop(stabilities, level):
     """The first iteration after which the rule holds, or None."""
-    reached = [value >= level for value in stabilities]
-    return next((k for k in range(IN_A_ROW - 1, len(reached)) if all(reached[k - IN_A_ROW + 1 : k + 1])), None)
+    return next((k for k in range(len(stabilities)) if is_stable(stabilities[: k + 1], level)), None)
 
 
 runs = []
