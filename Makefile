@@ -25,7 +25,7 @@ test-labelstudio: .venv/installed-dev-$(VERSION) .venv-labelstudio/installed-$(S
 	$(PYTHON) -m pytest tests/test_labelstudio_real.py -s -rs
 
 test-cluster: .venv/installed-cluster-$(VERSION)  ## several machines, played by this one: under 6 minutes; LONG=1: more
-	TF_NUM_INTRAOP_THREADS=1 LONG=$(LONG) $(PYTHON) -m pytest -m cluster tests/test_cluster.py
+	TF_NUM_INTRAOP_THREADS=1 LONG=$(LONG) $(PYTHON) -m pytest -n 2 --dist loadfile -m cluster tests/test_cluster*.py
 
 faults: .venv/installed-dev-$(VERSION)  ## 100 kills of a run, and 100 of one that asks a person
 	KILLS=100 $(PYTHON) -m pytest tests/test_faults.py tests/test_oracle.py -s -k again_and_again

@@ -4,6 +4,7 @@ Each measurement is a process of its own, so that its peak memory and its cores 
 computed from the measured rate, and named so.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import numpy as np
 
 import ceal
 import data
+from cluster import connected
 from figures import figure_scores
 from run_folder import read_queries, read_selection, write_queries, write_scores
 from utils import UserError, run_command
@@ -49,12 +51,9 @@ def bookkeeping(count, folder):
     figure_scores(*selection, *ceal.histogram(selection[0])[2:], folder / "scores.png")
 
 
-def scoring(preset, count, workers, file, folder):
-    """Score `count` images in this process on one core, then on so many workers of one core each; without workers only
-    in this process. file: a data file, or "" for drawn images. Returns the seconds of both. Raises UserError if the
-    scores differ."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: max(workers, 1)])
-    from cluster import connected
+@contextlib.contextmanager
+def trainer_for(preset, count, file, folder):
+    """Yield a Trainer on one thread for a data file, or for `count` drawn images if file is ""."""
     from config import PRESETS, Config
     from trainer import Trainer, prepare
 
@@ -62,18 +61,46 @@ def scoring(preset, count, workers, file, folder):
         drawn, file = [data.draw_row(n, 1, *SETTINGS[preset]) for n in range(16)], folder / "images.h5"
         rows = (drawn[n % 16]._replace(id=f"MADE_{n:09d}") for n in range(count))
         data.write_dataset(file, rows, count, *SETTINGS[preset], "synthetic lesions")
-    config, seconds, scores = Config(**{**PRESETS[preset], "run": str(folder / "run")}), [], []
-    with data.Dataset(file) as dataset, connected("local" if workers else None) as cluster:
-        prepare(config)
-        trainer = Trainer(config, dataset, [128.0] * dataset.channels, [50.0] * dataset.channels)
-        for trainer.cluster in (None, cluster) if cluster else (None,):
-            trainer.score(ceal.Pool([], [], np.arange(16 * max(workers, 1) * 2), []), 1)  # until all are up
-            started = time.monotonic()
-            scores.append(trainer.score(ceal.Pool([], [], np.arange(count), []), 1)[0])
-            seconds.append(time.monotonic() - started)
-    if (scores[0] != scores[-1]).any():
+    config = Config(**{**PRESETS[preset], "run": str(folder / "run")})
+    prepare(config)
+    with data.Dataset(file) as dataset:
+        yield Trainer(config, dataset, [128.0] * dataset.channels, [50.0] * dataset.channels)
+
+
+def timed_scoring(trainer, count, expected=None):
+    """Score `count` images. Returns the scores and the seconds. Raises UserError if they are not the expected ones."""
+    started = time.monotonic()
+    scores = trainer.score(ceal.Pool([], [], np.arange(count), []), 1)[0]
+    if expected is not None and (scores != expected).any():
         raise UserError("the workers' scores differ from those of one process")
-    return seconds
+    return scores, time.monotonic() - started
+
+
+def against_none(preset, count, workers, file, folder):
+    """Score `count` images in this process, then on so many workers of one core each, on so many cores in all. Returns
+    the seconds of both."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:workers])
+    with trainer_for(preset, count, file, folder) as trainer, connected("local") as cluster:
+        timed_scoring(trainer, 16)
+        scores, alone = timed_scoring(trainer, count)
+        trainer.cluster = cluster
+        timed_scoring(trainer, 32 * workers)  # until all are up
+        return alone, timed_scoring(trainer, count, scores)[1]
+
+
+def in_turns(preset, count, rounds, file, folder):
+    """Score `count` images on each of two workers of one core, and on both, in turns, because the speed of a machine's
+    cores changes from minute to minute. Returns the median seconds of one, and of both."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    with trainer_for(preset, count, file, folder) as trainer, connected("local") as cluster:
+        scores, _ = timed_scoring(trainer, count)
+        trainer.cluster = cluster
+        timed_scoring(trainer, 64)  # until both are up
+        both, cluster.hire, seconds = cluster.hired, lambda: None, []
+        for turn in range(4 * rounds):
+            cluster.hired = [both[:1], both, both[1:], both][turn % 4]
+            seconds.append(timed_scoring(trainer, count, scores)[1])
+        return float(np.median(seconds[::2])), float(np.median(seconds[1::2]))
 
 
 def in_process(*arguments):
@@ -101,24 +128,25 @@ def bench_scale(row, preset, quick, file=None):
         rows.append(row(f"bookkeeping of a pool of {count:,}", seconds, "s", targets[0]))
         rows.append(row("... memory", memory / 1e9, "GB", targets[1]))
     few = 300 if quick else 2000
-    (_, memory), (_, larger) = (in_process("scoring", "demo", count, 2, "") for count in (few, 10 * few))
+    (_, memory), (_, larger) = (in_process("against_none", "demo", count, 2, "") for count in (few, 10 * few))
     rows.append(
         row(f"driver's memory, a pool of {10 * few:,} against {few:,}", larger / memory, "times", "at most 1.1")
     )
-    measured = (in_process("scoring", preset, scored, workers, file or "")[0] for workers in (1, 2))
-    (alone, one), (_, two) = measured
+    (alone, worker), _ = in_process("against_none", preset, scored, 1, file or "")
+    some, rounds = (64, 2) if quick else (160, 5)
+    (one, two), _ = in_process("in_turns", preset, some, rounds, file or "")
     pool = f"images of {Path(file).name}" if file else "drawn images"
     return [
         *rows,
-        row(f"{scored} {pool}: scores that two workers change", 0, "images", "0"),  # or `scoring` fails
-        row(f"one worker against one process, same core, {scored} images", 100 * alone / one, "%", "95 %"),
-        row("two workers of one core against one", one / two, "times", "1.8"),
-        row("two workers, a second", scored / two, "images"),
+        row(f"{some} {pool}: scores that two workers change", 0, "images", "0"),  # or `in_turns` fails
+        row(f"one worker against one process, same core, {scored} images", 100 * alone / worker, "%", "95 %"),
+        row(f"two workers of one core against one, {2 * rounds} turns", one / two, "times", "1.8"),
+        row("two workers, a second", some / two, "images"),
         *(
             row(f"computed from that: {images:,} images on {machines} such machines", images / many, "hours")
             for images in (10**6, 10**7)
             for machines in (1, 8, 64)
-            for many in [scored / two * machines * 3600]
+            for many in [some / two * machines * 3600]
         ),
     ]
 
@@ -132,8 +160,10 @@ def main():
             bookkeeping(int(arguments[0]), Path(folder))
             seconds = [time.monotonic() - started]
         else:
-            preset, count, workers, file = arguments
-            seconds = scoring(preset, int(count), int(workers), file, Path(folder))
+            preset, count, number, file = arguments
+            seconds = {"against_none": against_none, "in_turns": in_turns}[name](
+                preset, int(count), int(number), file, Path(folder)
+            )
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1000)
     print(json.dumps([seconds, memory]))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nodes import Nodes
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,3 +92,28 @@ def mount(tmp_path):
 def remount(folder, *options):
     """Change the options of a disk of `mount`."""
     subprocess.run(["mount", "-o", ",".join(["remount", *options]), folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """Nodes of a Ray cluster."""
+    nodes = Nodes()
+    yield nodes
+    nodes.ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def workers(nodes):
+    """The Cluster of those, as this process sees it."""
+    from cluster import connected
+
+    with connected(nodes.ray.address) as nodes.workers:
+        yield nodes.workers
+
+
+@pytest.fixture
+def free_nodes(nodes, workers):
+    """The nodes, without workers of this process: those of another driver, or new ones, find room."""
+    for hired in list(workers.hired):
+        workers.dismiss(hired, "the test wants its place")
+    return nodes
