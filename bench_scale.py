@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -88,19 +89,25 @@ def against_none(preset, count, workers, file, folder):
         return alone, timed_scoring(trainer, count, scores)[1]
 
 
-def in_turns(preset, count, rounds, file, folder):
+def two_workers(preset, count, rounds, file, folder):
     """Score `count` images on each of two workers of one core, and on both, in turns, because the speed of a machine's
     cores changes from minute to minute. Returns the median seconds of one, and of both."""
+    from bench import in_turns
+
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     with trainer_for(preset, count, file, folder) as trainer, connected("local") as cluster:
         scores, _ = timed_scoring(trainer, count)
         trainer.cluster = cluster
-        timed_scoring(trainer, 64)  # until both are up
-        both, cluster.hire, seconds = cluster.hired, lambda: None, []
-        for turn in range(4 * rounds):
-            cluster.hired = [both[:1], both, both[1:], both][turn % 4]
-            seconds.append(timed_scoring(trainer, count, scores)[1])
-        return float(np.median(seconds[::2])), float(np.median(seconds[1::2]))
+        timed_scoring(trainer, 64)  # hires both
+        both, cluster.hire = cluster.hired, lambda: None
+
+        def score(hired):
+            cluster.hired = hired
+            timed_scoring(trainer, count, scores)
+
+        ways = {"one worker": both[:1], "both": both, "the other": both[1:]}
+        seconds = in_turns({name: partial(score, hired) for name, hired in ways.items()}, rounds)
+    return (seconds["one worker"] + seconds["the other"]) / 2, seconds["both"]
 
 
 def in_process(*arguments):
@@ -133,14 +140,14 @@ def bench_scale(row, preset, quick, file=None):
         row(f"driver's memory, a pool of {10 * few:,} against {few:,}", larger / memory, "times", "at most 1.1")
     )
     (alone, worker), _ = in_process("against_none", preset, scored, 1, file or "")
-    some, rounds = (64, 2) if quick else (160, 5)
-    (one, two), _ = in_process("in_turns", preset, some, rounds, file or "")
+    some, rounds = (64, 3) if quick else (160, 10)
+    (one, two), _ = in_process("two_workers", preset, some, rounds, file or "")
     pool = f"images of {Path(file).name}" if file else "drawn images"
     return [
         *rows,
-        row(f"{some} {pool}: scores that two workers change", 0, "images", "0"),  # or `in_turns` fails
+        row(f"{some} {pool}: scores that two workers change", 0, "images", "0"),  # or `two_workers` fails
         row(f"one worker against one process, same core, {scored} images", 100 * alone / worker, "%", "95 %"),
-        row(f"two workers of one core against one, {2 * rounds} turns", one / two, "times", "1.8"),
+        row(f"two workers of one core against one, {rounds} turns", one / two, "times", "1.8"),
         row("two workers, a second", some / two, "images"),
         *(
             row(f"computed from that: {images:,} images on {machines} such machines", images / many, "hours")
@@ -161,9 +168,8 @@ def main():
             seconds = [time.monotonic() - started]
         else:
             preset, count, number, file = arguments
-            seconds = {"against_none": against_none, "in_turns": in_turns}[name](
-                preset, int(count), int(number), file, Path(folder)
-            )
+            measure = {"against_none": against_none, "two_workers": two_workers}[name]
+            seconds = measure(preset, int(count), int(number), file, Path(folder))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1000)
     print(json.dumps([seconds, memory]))
 
