@@ -2,7 +2,7 @@
 
     python bench.py                # the paper's network, 192x240, T = 20: about 10 minutes on 2 cores
     python bench.py --quick        # fewer repetitions: under 2 minutes
-    python bench.py --scale        # large pools, and workers of a Ray cluster: some 30 minutes
+    python bench.py --scale        # large pools, and workers of a Ray cluster: 12 minutes
     python bench.py --preset quick --data datasets/isic2017_96x128.h5 --weights runs/NAME/iteration_09/model.weights.h5
 
 Functions that are compared run in turns (A B A B ...), and the table has medians, so that changes in the machine's

@@ -1,7 +1,7 @@
 """Cost-Effective Active Learning for melanoma segmentation: the whole loop (arXiv 1711.09168, section 3).
 
     python train.py --preset demo                                      # synthetic lesions, under 2 minutes
-    python train.py --preset quick --data datasets/isic2017_96x128.h5  # real images, small: 40 minutes on a core
+    python train.py --preset quick --data datasets/isic2017_96x128.h5  # real images, small: 25 to 50 minutes
     python train.py                                                    # the paper's experiment: a GPU workstation
 
 A run writes runs/NAME/ and nothing else: config.json, environment.json, history.csv, and a folder per iteration. The
