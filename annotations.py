@@ -207,7 +207,7 @@ class PersonOracle:
         wrong, before = [], len(self._rows)
         self._append(self._accepted(wrong), self._closed)
         if len(self._rows) > before:
-            unused = "; no iteration is left that could use them" if self._closed >= self.last else ""
+            unused = "; only --final-steps can still use them" if self._closed >= self.last else ""
             print(f"{self.path}: {len(self._rows) - before} answers accepted{unused}", flush=True)
         for line in wrong:
             if line not in self._reported:
@@ -249,10 +249,11 @@ class PersonOracle:
     def _require_correctable(self, place, earlier, answer):
         """Raise UserError unless an answer that is in use may be changed."""
         kept = f"{place}: {answer.id} is answered already; the earlier {kind(earlier)} is kept"
-        if answer.iteration > self.last:
-            raise UserError(f"{kept}, because no iteration is left that could use a correction")
         if not self.correct:
-            raise UserError(f"{kept}; with --correct, this {kind(answer)} counts from iteration {answer.iteration} on")
+            since = (
+                f"from iteration {answer.iteration} on" if answer.iteration <= self.last else "for --final-steps alone"
+            )
+            raise UserError(f"{kept}; with --correct, this {kind(answer)} counts {since}")
 
     def _require_fitting(self, place, picture, position, remedy):
         """Raise UserError if this mask, a Pillow image of mode L, does not fit its image, or is empty."""

@@ -3,12 +3,14 @@
 Nothing here knows networks or people.
 """
 
+import json
 from typing import NamedTuple
 
 import numpy as np
 
 import ceal
 from run_folder import read_selection
+from strategies import BY_CHANCE
 from utils import derived_seed, read_csv
 
 ESTIMATE = ["estimate", "estimate_low", "estimate_high"]  # columns of quality.csv
@@ -101,23 +103,31 @@ def add_up(predicted, strata, size):
 def estimates(run, iterations):
     """The columns ESTIMATE of each of this number of finished iterations, a list of dict of str: empty where nothing
     was audited."""
-    rows, pools = [], []
+    rows, pools, by_chance = [], [], drawn_by_chance(run)
     for iteration in range(iterations):
         folder, row = run / f"iteration_{iteration:02d}", dict.fromkeys(ESTIMATE, "")
         if (folder / "scores.csv").exists() and (folder / "answers.csv").exists():
-            pools.append(read_scored(folder))
+            pools.append(read_scored(folder, by_chance))
             if "audit" in pools[-1].answered and (found := estimate_pool_dice(pools)):
                 row = dict(zip(ESTIMATE, (f"{min(max(value, 0), 1):.6f}" for value in found)))
         rows.append(row)
     return rows
 
 
-def read_scored(folder):
-    """The Scored of an iteration's folder."""
+def drawn_by_chance(run):
+    """Whether the group `random` of a run is drawn uniformly from its range of scores."""
+    config = run / "config.json"
+    return not config.exists() or json.loads(config.read_text()).get("query", "paper") in BY_CHANCE
+
+
+def read_scored(folder, by_chance=True):
+    """The Scored of an iteration's folder. by_chance: as from `drawn_by_chance`; else that group says nothing about the
+    images that were not asked for, and is called `chosen`."""
     ids, scores, *_ = read_selection(folder)
     place, answered = {id: n for n, id in enumerate(ids)}, {}
     for row in read_csv(folder / "answers.csv"):
         if row["id"] in place:
-            answered.setdefault(row["group"], []).append((place[row["id"]], float(row["dice"])))
+            group = "chosen" if row["group"] == "random" and not by_chance else row["group"]
+            answered.setdefault(group, []).append((place[row["id"]], float(row["dice"])))
     columns = {group: tuple(map(np.array, zip(*pairs))) for group, pairs in answered.items()}
     return Scored(scores, columns)

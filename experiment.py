@@ -15,6 +15,7 @@ import numpy as np
 from scipy.stats import bootstrap, spearmanr, ttest_1samp
 
 import ceal
+from config import read_config
 from figures import GROUPS, Curve, Regions
 from strategies import STRATEGIES
 from utils import UserError, in_one_line, read_csv, whole_file, whole_folder, write_csv
@@ -131,14 +132,32 @@ def common_iterations(run, other, base):
     return min(base.pseudo_start, base.iterations + 1) if mine == theirs else 1
 
 
-def different_setting(run, folder, base):
-    """A text that names the first setting in which the folder's config.json differs from the run, or None."""
-    stored, wanted = json.loads((folder / "config.json").read_text()), dataclasses.asdict(configure(run, base))
+def different_setting(path, config, ignored=()):
+    """A text that names the first setting in which a config.json differs from a Config, or None. ignored: names of
+    settings that may differ, besides those of PLACE."""
+    stored, wanted = json.loads(path.read_text()), dataclasses.asdict(config)
     for name in wanted:
-        of_folder = stored.get(name, getattr(type(base), name))  # the folder may be older than the setting
-        if of_folder != wanted[name] and name not in PLACE:
-            return f"--{name.replace('_', '-')} {of_folder}, not {wanted[name]}"
+        of_file = stored.get(name, getattr(type(config), name))  # the file may be older than the setting
+        if of_file != wanted[name] and name not in {*PLACE, *ignored}:
+            return f"--{name.replace('_', '-')} {of_file}, not {wanted[name]}"
     return None
+
+
+def read_base(options):
+    """The Config that all runs have in common, from options of train.py. Raises UserError if such runs cannot be
+    compared."""
+    for option in options:
+        if option.partition("=")[0] in ("--run", "--seed", "--force"):
+            raise UserError(f"{option}: each run has its own; leave it out, and use --out and --seeds")
+    base = read_config(options)
+    if not base.iterations:
+        raise UserError("--iterations 0: arms do not differ before the first iteration; give at least 1")
+    if (base.validation or base.test) < 2 or base.oracle != "simulated":
+        raise UserError(
+            "--test or --validation 0 or 1 and --oracle folder do not work here, because arms are compared on these "
+            "images and use the masks of the data file; leave them out"
+        )
+    return base
 
 
 # -------------------------------------------------------------------------------------------------------------- records
@@ -237,7 +256,7 @@ def check_records(out, base):
     data = {}
     for folder in record_folders(out):
         with as_written(folder):
-            different = different_setting(Run.named(folder.name), folder, base)
+            different = different_setting(folder / "config.json", configure(Run.named(folder.name), base))
             data[recorded_data(folder)] = folder
         if different:
             raise UserError(f"{folder} was made with {different}: give the same settings, or another --out")

@@ -18,26 +18,28 @@ from trainer import Trainer
 from utils import derived_seed, whole_folder, write_csv
 
 
-def train_final(config, dataset, normalisation, pool, iteration, steps, memory=None):
+def train_final(config, dataset, normalisation, pool, iteration, steps, memory=None, command="the same command with"):
     """Train a network on the annotations of a ceal.Pool, and write RUN/final: model.weights.h5, test.csv, history.csv
     with one row, and config.json, which says what it was trained on. The run itself does not change.
 
     An interrupted training goes on where it was, bit for bit on a CPU. A final network of other annotations or steps is
     kept beside the new one. config: of the run; normalisation: mean and std; iteration: the last finished one; steps:
-    of the training, with the run's schedule; memory: as for Trainer."""
+    of the training, with the run's schedule; memory, command: as for Trainer."""
     run, (positions, labels) = Path(config.run), pool.training_set()
     settings = {"steps": steps, "iteration": iteration, "annotations": len(labels), "labels": digest(positions, labels)}
     final, unfinished = run / "final", run / ".final"
-    if read_settings(final) == settings:
+    if trained_on(final, settings):
         shutil.rmtree(unfinished, ignore_errors=True)
         print(f"{final}: this network is there already")
         return
-    if read_settings(unfinished) != settings:
+    settings |= {"batch_size": config.batch_size}  # which may change, but not within a training
+    if not trained_on(unfinished, settings):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         write_json(unfinished / "config.json", settings)
     mine = dataclasses.replace(config, seed=derived_seed(config.seed, "final"), initial_steps=steps)
     trainer = Trainer(mine, dataset, *normalisation, memory, unfinished)
+    trainer.command = command
     print(f"final network: {steps} steps on the {len(labels)} annotations up to iteration {iteration}", flush=True)
     started = time.monotonic()
     trainer.fit(positions, labels, 0)
@@ -68,12 +70,13 @@ def digest(positions, labels):
     return found.hexdigest()
 
 
-def read_settings(folder):
-    """The config.json of a final network, a dict; None if there is none, or if it is damaged."""
+def trained_on(folder, settings):
+    """Whether the config.json of a final network has these settings. That of an earlier version has no batch size."""
     try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
+        stored = json.loads((folder / "config.json").read_text())
+        return stored.get("labels") == settings["labels"] and {**settings, **stored} == {**stored, **settings}
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def free_name(final):

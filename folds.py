@@ -24,7 +24,7 @@ import numpy as np
 import ceal
 from config import read_config
 from data import Dataset
-from experiment import PLACE, as_written, recorded_data
+from experiment import as_written, different_setting, recorded_data
 from pictures import find_pairs
 from predict import mean_intervals
 from process import outlasting_output, stopped_at_once
@@ -32,6 +32,7 @@ from run_folder import begin, locked
 from utils import UserError, read_csv, run_command, whole_file, whole_folder
 
 KEPT = "config.json", "environment.json", "final/history.csv", "final/test.csv"  # in a record, of a fold's run
+MEASURED = "-measured"  # in the name of a trial of `measure`
 OWN = "--run", "--initial", "--pool", "--test", "--validation", "--iterations", "--final-steps", "--force", "--oracle"
 
 
@@ -43,6 +44,9 @@ def read_folds(out):
     with as_written(path):
         for row in read_csv(path):
             folds.setdefault(row["fold"], []).append(row["id"])
+    ids = [id for fold in folds.values() for id in fold]
+    if twice := sorted({id for id in ids if ids.count(id) > 1} if len(set(ids)) < len(ids) else ()):
+        raise UserError(f"{path}: {twice[0]} is there twice; each image must have one fold")
     if len(folds) < 2:
         raise UserError(f"{path}: has {len(folds)} folds; it must have at least two")
     return folds
@@ -99,21 +103,25 @@ def check_trial(config, dataset, trial):
     """Raise UserError if a finished fold of the trial was trained with other settings or data."""
     for record in (path.parent for path in trial.glob("[!.]*/config.json")):
         with as_written(record):
-            stored = json.loads((record / "config.json").read_text())
+            different = different_setting(record / "config.json", config, {"initial", "test", "preset"})
             same_data = recorded_data(record) == dataset.fingerprint()
         if not same_data:
             raise UserError(f"{dataset.path}: {record} was trained on other data; give another --trial")
-        for name, value in vars(config).items():
-            other = stored.get(name, getattr(type(config), name))  # the record may be older than the setting
-            if other != value and name not in {*PLACE, "initial", "test", "preset"}:
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(f"{option} {value}: {record} was trained with {other}; give another --trial")
+        if different:
+            raise UserError(f"{record} was trained with {different}; give another --trial")
 
 
 def measure(source, options, trial, fold, ids, out):
-    """Measure a trained network with predict.py at the images' own size: OUT/TRIAL-measured-OPTIONS/FOLD/test.csv."""
+    """Measure a trained network with predict.py at the images' own size: OUT/TRIAL-measured-OPTIONS/FOLD/test.csv. It
+    is done if this is newer than the weights."""
     weights, how = Path("runs") / out.name / f"{trial}-{fold}.weights.h5", [option.lstrip("-") for option in options]
-    record = out / re.sub(r"[^\w.-]", "-", "-".join([trial, "measured", *how])) / fold
+    record = out / re.sub(r"[^\w.-]", "-", "-".join([trial + MEASURED, *how])) / fold
+    if record.exists():
+        if weights.exists() and record.stat().st_mtime < weights.stat().st_mtime:
+            shutil.rmtree(record)
+        else:
+            print(f"{record} is there already", flush=True)
+            return
     pairs = {pair.id: pair for pair in find_pairs(source)[0]}
     if missing := [id for id in ids if id not in pairs]:
         raise UserError(f"{source}: {missing[0]} is not there, and folds.csv names it")
@@ -164,11 +172,16 @@ def summarise(found, baseline):
 
 def report(out, folds, baseline):
     """Write table.md and table.json: a row for each trial, and its Jaccard less that of the trial `baseline`, with a
-    95 % interval over the images that both have."""
+    95 % interval over the images that both have. A trial of `measure` is compared with `baseline` measured likewise."""
     from reproduce import as_text
 
     trials = read_trials(out, folds)
-    rows = [{"trial": name, **summarise(found, trials.get(baseline, {}))} for name, found in trials.items()]
+
+    def baseline_of(name):
+        how = name[name.find(MEASURED) :] if MEASURED in name and MEASURED not in baseline else ""
+        return trials.get(baseline + how, {})
+
+    rows = [{"trial": name, **summarise(found, baseline_of(name))} for name, found in trials.items()]
     header = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
     lines = [header, ["---"] * len(header), *([as_text(row.get(name)) for name in header] for row in rows)]
     with whole_file(out / "table.md") as partial:

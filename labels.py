@@ -26,15 +26,29 @@ import ceal
 import experiment
 import figures
 from agreement import DISPUTED, read_agreement
-from config import read_config
+from audit import draw_audit
 from data import Dataset, normalisation, split_of_run
-from experiment import ARMS, FULL, LINES, REGIMES, STYLES, Run, configure
-from process import outlasting_output
+from experiment import (
+    ARMS,
+    FULL,
+    LINES,
+    PLACE,
+    REGIMES,
+    STYLES,
+    Run,
+    as_written,
+    configure,
+    different_setting,
+    read_base,
+    recorded_data,
+)
+from process import outlasting_output, stopped_at_once
+from run_folder import environment, locked, write_json
 from strategies import STRATEGIES, select
 from utils import UserError, derived_seed, read_csv, run_command, whole_file, whole_folder
 
 WITHOUT = "-disputed"  # at the end of an arm's name: without the queries that people draw differently
-BASELINE = {"typical_start": "random_start"}  # the arm that is subtracted where it is not `random`
+BASELINE = {"typical_start": "random_start", "random_start": "random_start"}  # subtracted in place of `random`
 
 
 def steps_of_full(base):
@@ -45,10 +59,25 @@ def steps_of_full(base):
 # ------------------------------------------------------------------------------------------------------ sets of labels
 
 
+def labels_of(run, base, dataset, out, annotations, disputed=()):
+    """The Config, data.Split and ceal.Pool of an arm when it had this number of annotations, and the iteration.
+
+    disputed: ids that a mixture leaves out. Raises UserError if this is not known, or if it never had this number."""
+    (first, *others), without = parts_of(run.arm)
+    if any(ARMS[arm].get("start") != ARMS[first].get("start") for arm in others):
+        raise UserError(f"--arms {run.arm}: their first labels differ; mix arms that begin with the same ones")
+    config = configure(run._replace(arm=first), base)
+    parts = split_of_run(config, dataset)
+    if others or without:
+        return config, parts, *mixed_labels(run, base, dataset, parts, out, annotations, disputed)
+    return config, parts, *labels_after(run, config, dataset, parts, out, annotations)
+
+
 def labels_after(run, config, dataset, parts, out, annotations):
-    """The ceal.Pool of a run when it had this number of annotations, and the iteration. Raises UserError if its queries
-    are not known, or if it never had this number."""
+    """As `labels_of`, of a single arm: the ceal.Pool and the iteration."""
     pool, iteration = first_pool(dataset, parts), 0
+    if pool.annotations == annotations:
+        return pool, 0
     for iteration, positions in enumerate(queries_of(run, config, dataset, parts, out), 1):
         if pool.annotations >= annotations:
             iteration -= 1
@@ -60,9 +89,7 @@ def labels_after(run, config, dataset, parts, out, annotations):
 
 
 def mixed_labels(run, base, dataset, parts, out, annotations, disputed):
-    """As `labels_after`, of an arm such as ceal+random, or ceal-disputed. disputed: the ids that are left out then.
-
-    Raises UserError if there are too few labels."""
+    """As `labels_after`, of an arm such as ceal+random, or ceal-disputed. disputed: the ids that are left out then."""
     arms, without = parts_of(run.arm)
     orders = []
     for arm in arms:
@@ -90,15 +117,23 @@ def first_pool(dataset, parts):
 
 
 def queries_of(run, config, dataset, parts, out):
-    """Yield the positions that a run asked for in each iteration. Raises UserError if they are not known."""
+    """Yield the positions that a run asked for in each iteration. Raises UserError if they are not known, or if the run
+    had other settings (but for the precision) or data."""
     if unscored(config):
         yield from drawn_queries(config, parts.pool)
         return
     record, place = out / "records" / run.name, {id: n for n, id in enumerate(dataset.ids)}
-    if not (queries := experiment.recorded_queries(record)):
-        raise UserError(f"{record} does not have the run's queries: do this run with reproduce.py first")
-    for iteration in range(1, config.iterations + 1):
-        yield np.array([place[id] for id, group in queries[iteration].items() if group != "pseudo"], int)
+    with as_written(record):
+        if not (queries := experiment.recorded_queries(record)):
+            raise UserError(f"{record} does not have the run's queries: do this run with reproduce.py first")
+        different = different_setting(record / "config.json", config, ["precision"])
+        if recorded_data(record) != dataset.fingerprint():
+            different = "another --data"
+    if different:
+        raise UserError(f"{record} was made with {different}: give the settings of the records, or another --out")
+    for iteration in range(1, max(queries) + 1):
+        asked = queries.get(iteration, {}).items()
+        yield np.array([place[id] for id, group in asked if group != "pseudo"], int)
 
 
 def unscored(config):
@@ -110,43 +145,64 @@ def drawn_queries(config, unlabelled):
     """Yield the positions that train.py asks for in each iteration, for a strategy without scores. unlabelled: those in
     the pool at first."""
     for iteration in range(1, config.iterations + 1):
+        audited = draw_audit(unlabelled, config, iteration)
+        unlabelled = np.setdiff1d(unlabelled, audited)
         rng = np.random.default_rng(derived_seed(config.seed, iteration, "queries"))
         groups = select(np.zeros(len(unlabelled)), rng, config, {"iteration": iteration})
         positions = unlabelled[np.concatenate(list(groups.values()))]
         unlabelled = np.setdiff1d(unlabelled, positions)
-        yield positions
+        yield np.concatenate([positions, audited])
 
 
 # -------------------------------------------------------------------------------------------------------- the networks
 
 
-def train_on_labels(run, base, dataset, out, annotations, disputed=()):
-    """Train a network on these labels, if it is not there yet, into OUT/final/NAME-ANNOTATIONS. disputed: ids that a
-    mixture leaves out."""
-    place = out / "final" / f"{run.name}-{annotations}"
-    if place.exists():
-        return
-    from final import train_final  # here, because TensorFlow takes seconds to import
+def train_all(wanted, base, out, disputed):
+    """Train all networks. wanted: a list of (Run, number of annotations); the rest as for `train_on_labels`."""
+    from devices import tensorflow_errors  # here, because TensorFlow takes seconds to import
+    from trainer import prepare
 
-    (first, *others), without = parts_of(run.arm)
-    config = configure(run._replace(arm=first), base)
-    parts = split_of_run(config, dataset)
-    if others or without:
-        pool, iteration = mixed_labels(run, base, dataset, parts, out, annotations, disputed)
-    else:
-        pool, iteration = labels_after(run, config, dataset, parts, out, annotations)
+    prepare(base)
+    with Dataset(base.data) as dataset, tensorflow_errors():
+        for run, annotations in wanted:
+            train_on_labels(run, base, dataset, out, annotations, disputed)
+
+
+def train_on_labels(run, base, dataset, out, annotations, disputed=()):
+    """Train a network on these labels into OUT/final/NAME-ANNOTATIONS. disputed: ids that a mixture leaves out.
+
+    If it is there already, this is checked. Raises UserError if it had other settings, data or labels."""
+    from devices import about_tensorflow  # here, because TensorFlow takes seconds to import
+    from final import digest, train_final
+
+    place = out / "final" / f"{run.name}-{annotations}"
+    config, parts, pool, iteration = labels_of(run, base, dataset, out, annotations, disputed)
+    if place.exists():
+        with as_written(place):
+            different = different_setting(place / "run.json", config)
+            found = read_json(place / "run.json")["data_fingerprint"], read_json(place / "config.json")["labels"]
+        if different or found != (dataset.fingerprint(), digest(*pool.training_set())):
+            raise UserError(f"{place} was made with {different or 'other labels'}: give another --out")
+        return
     work = Path("runs") / out.name / f"final-{run.name}-{annotations}"
-    work.mkdir(parents=True, exist_ok=True)
     config = dataclasses.replace(config, run=str(work))
     mean_and_std = normalisation(dataset, np.concatenate([parts.initial, parts.pool]))
-    train_final(config, dataset, mean_and_std, pool, iteration, steps_of_full(base))
-    with whole_folder(place) as folder:
-        for name in "config.json", "history.csv", "test.csv":
-            shutil.copy(work / "final" / name, folder)
-        settings = {**dataclasses.asdict(config), "run": None, "data_fingerprint": dataset.fingerprint()}
-        (folder / "run.json").write_text(json.dumps(settings, indent=2) + "\n")
+    about = about_tensorflow()
+    with locked(work):
+        train_final(config, dataset, mean_and_std, pool, iteration, steps_of_full(base), about.get("gpu_memory"))
+        with whole_folder(place) as folder:
+            for name in "config.json", "history.csv", "test.csv":
+                shutil.copy(work / "final" / name, folder)
+            settings = {**dataclasses.asdict(config), "run": None, "data_fingerprint": dataset.fingerprint()}
+            write_json(folder / "run.json", settings)
+            write_json(folder / "environment.json", environment(about))
     shutil.rmtree(work)
     print(f"{place.name}: Dice {float(read_csv(place / 'history.csv')[0]['dice']):.4f}", flush=True)
+
+
+def read_json(path):
+    """The content of a JSON file."""
+    return json.loads(path.read_text())
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
@@ -154,10 +210,17 @@ def train_on_labels(run, base, dataset, out, annotations, disputed=()):
 
 def read_finals(out):
     """The Dice of each test image by all finished networks: a dict of (regime, arm, annotations) to a dict of seed to
-    float64 (N,)."""
-    found = {}
+    float64 (N,). Raises UserError if two of them differ in a setting that arms, regimes and seeds have in common."""
+    found, settings = {}, {}
+    changed = {name for changes in ARMS.values() for name in changes}  # and by `configure`:
+    free = {*PLACE, *changed, "seed", "initial_seed", "initial", "pool", "most_uncertain"}
     for folder in sorted((out / "final").glob("[!.]*-*")):
-        with experiment.as_written(folder):
+        with as_written(folder):
+            stored = {**read_json(folder / "run.json"), "steps": read_json(folder / "config.json")["steps"]}
+            for name in stored.keys() - free:
+                value, first = settings.setdefault(name, (stored[name], folder))
+                if value != stored[name]:
+                    raise UserError(f"{first} and {folder} differ in {name}: give each its own --out")
             name, seed, annotations = folder.name.rsplit("-", 2)
             regime, arm = name.split("-", 1)
             dice = np.array([float(row["dice"]) for row in read_csv(folder / "test.csv")])
@@ -172,13 +235,15 @@ def summarise(found, full):
     rows = []
     for (regime, arm, annotations), seeds in sorted(found.items()):
         means = [dice.mean() for dice in seeds.values()]
-        baseline = found.get((regime, BASELINE.get(arm, "random"), annotations), {})
-        common = sorted(seeds.keys() & baseline.keys())
+        less = BASELINE.get(arm, "random")
+        baseline = found.get((regime, less, annotations), {})
+        common = sorted(seeds.keys() & baseline.keys()) if arm != less else []
         row = {"regime": regime, "arm": arm, "labels": annotations, "seeds": len(means), "dice": float(np.mean(means))}
         row["share_of_full"] = row["dice"] / full if full else None
-        if arm != "random" and len(common) > 1:
+        if len(common) > 1:
             differences = np.stack([seeds[seed] - baseline[seed] for seed in common])
-            row["less_random"] = float(differences.mean()), *experiment.interval(differences)
+            row |= {"baseline": less, "common_seeds": len(common)}
+            row["less_baseline"] = float(differences.mean()), *experiment.interval(differences)
             row["over_seeds"] = float(differences.mean()), *experiment.interval_over_seeds(differences)
         rows.append(row)
     return rows
@@ -234,7 +299,7 @@ def main():
     )
     parser.add_argument("--report", action="store_true", help="train nothing; report the finished networks")
     args, rest = parser.parse_known_args()
-    base, arms = read_config(rest), args.arms.split(",")
+    base, arms = read_base(rest), args.arms.split(",")
     named = {part for arm in arms for part in parts_of(arm)[0]}
     if unknown := sorted(named - set(ARMS) | named & set(FULL)):
         raise UserError(f"--arms {unknown[0]}: not an arm that chooses labels")
@@ -246,11 +311,9 @@ def main():
     except ValueError:
         raise UserError(f"--seeds {args.seeds}, --at {args.at}: must be numbers, such as 1-5 and 205,415")
     if not args.report:
-        with Dataset(base.data) as dataset:
-            for seed in seeds:
-                for annotations in at:
-                    for arm in arms:
-                        train_on_labels(Run(args.regime, arm, seed), base, dataset, args.out, annotations, disputed)
+        wanted = [(Run(args.regime, arm, seed), labels) for seed in seeds for labels in at for arm in arms]
+        with stopped_at_once(lambda: "go on with the same command"):
+            train_all(wanted, base, args.out, disputed)
     report(args.out, args.full or args.out)
 
 

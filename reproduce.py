@@ -28,7 +28,7 @@ import ceal
 import experiment
 import figures
 from cluster import Job, connected, stamps
-from config import add_cluster_options, cluster_options, read_config
+from config import add_cluster_options, cluster_options
 from data import Dataset
 from experiment import (
     ARMS,
@@ -40,6 +40,7 @@ from experiment import (
     configure,
     different_setting,
     keep_record,
+    read_base,
     read_records,
     read_seeds,
     record_folders,
@@ -73,7 +74,7 @@ def begin_from_another(run, folder, base):
         names = [f"iteration_{k:02d}" for k in range(count)]
         if folder.exists() or not count or not all((source / name).is_dir() for name in names):
             continue
-        if different_setting(other, source, base):
+        if different_setting(source / "config.json", configure(other, base)):
             continue
         config = dataclasses.replace(configure(run, base), run=str(folder))
         with whole_folder(folder) as partial:
@@ -107,7 +108,8 @@ def run_all(runs, out, base, jobs, cluster=None):
     work, failed = Path("runs") / out.name, []
     for run in waiting:  # train.py itself allows another batch size
         folder = work / run.name
-        if (folder / "config.json").exists() and (different := different_setting(run, folder, base)):
+        path = folder / "config.json"
+        if path.exists() and (different := different_setting(path, configure(run, base))):
             raise UserError(f"{folder} was begun with {different}: give the same options again, or another --out")
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already; logs in {work}/", flush=True)
     ended = on_cluster(waiting, work, base, cluster) if cluster else in_processes(waiting, work, base, jobs)
@@ -286,10 +288,7 @@ def main():
     add_cluster_options(parser, "do the runs")
     args, rest = parser.parse_known_args()
     where = cluster_options(vars(args))
-    for option in rest:
-        if option.partition("=")[0] in ("--run", "--seed", "--force"):
-            raise UserError(f"{option}: each run has its own; leave it out, and use --out and --seeds")
-    base, regimes = read_config(rest), args.regimes.split(",")
+    base, regimes = read_base(rest), args.regimes.split(",")
     arms, seeds = args.arms.split(","), seeds_of(args.seeds)
     if args.only:
         arm, _, seed = args.only.partition(",")
@@ -303,13 +302,6 @@ def main():
         raise UserError(f"--jobs {args.jobs}: with --cluster, give --worker-cores in place of it")
     if args.report and args.only:
         raise UserError("--report and --only cannot be combined, because --only makes no report; leave one of them out")
-    if not base.iterations:
-        raise UserError("--iterations 0: arms do not differ before the first iteration; give at least 1")
-    if (base.validation or base.test) < 2 or base.oracle != "simulated":
-        raise UserError(
-            "--test or --validation 0 or 1 and --oracle folder do not work here, because arms are compared on these "
-            "images and use the masks of the data file; leave them out"
-        )
     if base.validation and not args.report and (full := [arm for arm in arms if arm in FULL]):
         raise UserError(f"--validation: {full[0]} would be measured on other images; name other --arms")
     check_records(args.out, base)

@@ -89,6 +89,7 @@ STRATEGIES = {
     "strata": Strategy(strata, sees=("sizes", "iteration")),
     "none": Strategy(no_queries, scored=False),
 }
+BY_CHANCE = "paper", "uniform"  # their group `random` is drawn uniformly, from a range of scores or from the pool
 
 
 def select(scores, rng, config, known):

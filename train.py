@@ -203,8 +203,11 @@ def final_network(config, dataset, about, parts, oracle, steps):
     history = finished_iterations(run, dataset, pool, oracle)
     if not history:
         raise UserError(f"--final-steps: {run} has no finished iteration yet; run it first without --final-steps")
-    annotate(pool, oracle, len(history), {})  # those that came since
-    train_final(config, dataset, about["normalisation"], pool, len(history) - 1, steps, about.get("gpu_memory"))
+    for k in len(history), len(history) + 1:  # those that came since, the last ones while an iteration was trained
+        annotate(pool, oracle, k, {})
+    command = f"python train.py --run {shlex.quote(str(run))} --final-steps {steps}"
+    memory = about.get("gpu_memory")
+    train_final(config, dataset, about["normalisation"], pool, len(history) - 1, steps, memory, command)
     print_use(run / "final")
     return 2 if oracle.refused else 0
 

@@ -121,13 +121,12 @@ def prepare(config):
         )
 
 
-def with_less_memory(config):
+def with_less_memory(batch_size, command):
     """How a training goes on if there is not enough memory for it: a remedy for `tensorflow_errors`."""
-    command = f"python train.py --run {shlex.quote(config.run)}"
-    if config.batch_size == 1:
+    if batch_size == 1:
         return f"end other programs that use memory, or use a machine with more, and go on with: {command}"
-    command += f" --batch-size {config.batch_size // 2}"
-    return f"--batch-size {config.batch_size} is too large for this machine; go on with: {command}"
+    command += f" --batch-size {batch_size // 2}"
+    return f"--batch-size {batch_size} is too large for this machine; go on with: {command}"
 
 
 # XLA compiles a training step in some 30 s and saves some 8 ms of each; of the passes, in 10 s, 0.1 ms of each.
@@ -163,6 +162,7 @@ class Trainer:
 
     cluster = None  # a cluster.Cluster that scores the pool in place of this process
     events = None  # an events.Events that takes each step's loss
+    command = None  # what continues a training, if it is not that of a run of train.py
 
     def __init__(self, config, dataset, mean, std, memory=None, folder=None):
         """memory: bytes of the GPU on which the run began, so that it goes on elsewhere in batches of the same size;
@@ -249,7 +249,8 @@ class Trainer:
         batches = self.batches(positions, labels, iteration, first)
         steps = track(batches, f"iteration {iteration}: training steps", last - first)
         earlier = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations)) - first  # of the iterations before
-        with tensorflow_errors(with_less_memory(self.config)):
+        command = self.command or f"python train.py --run {shlex.quote(self.config.run)}"
+        with tensorflow_errors(with_less_memory(self.config.batch_size, command)):
             for number, batch in enumerate(steps, first):
                 restart(dropout, dropout_seed, number)
                 rate = highest * learning_rate(self.config.schedule, number / last)

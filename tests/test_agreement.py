@@ -20,6 +20,7 @@ def records(tmp_path):
     for name in "scarce-ceal-1", "scarce-ceal-2", "full-1":
         folder = tmp_path / "out" / "records" / name
         write_csv(folder / "test_dice.csv", ["id", "iteration_00"], [["t", 0.5]])
+        (folder / "config.json").write_text('{"validation": 0}')
         write_csv(folder / "queries.csv", ["iteration", "id", "group"], QUERIES if "ceal" in name else [])
     write_csv(tmp_path / "people.csv", ["id", "pairs", "dice"], [(id, 1, dice) for id, dice in PEOPLE.items()])
     return tmp_path
@@ -38,6 +39,12 @@ def test_the_agreement_over_what_was_asked_for_is_the_mean_by_hand(records, caps
     assert found["all", 1]["less_others"][0] == pytest.approx(0.1 - 4.4 / 8)  # of all but the test image
     assert found["all", 2]["less_others"][0] == pytest.approx(0.55 - 4.3 / 7)  # without e, which was asked for before
     assert "| scarce | ceal | 2 | most uncertain | 1 to 2 | 4 | 0.2000 |" in capsys.readouterr().out
+
+
+def test_runs_that_hold_out_images_do_not_count_their_test_images(records):
+    (records / "out" / "records" / "scarce-ceal-2" / "config.json").write_text('{"validation": 8}')
+    with pytest.raises(UserError, match="scarce-ceal-2: made with --validation"):
+        agreement.report(records / "out", PEOPLE)
 
 
 def test_the_interval_is_that_of_independent_images():

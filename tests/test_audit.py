@@ -11,7 +11,7 @@ import train
 from audit import Scored, draw_audit, estimate_pool_dice, predict_dice
 from config import Config
 from data import Dataset
-from utils import read_csv
+from utils import read_csv, write_csv
 
 
 def made_pools(rng, count=6, size=400):
@@ -69,6 +69,17 @@ def test_queries_that_are_not_drawn_by_chance_do_not_move_the_estimate_of_their_
     worst = np.argsort(scores)[-20:]
     second = estimate_pool_dice([Scored(scores, {"audit": (at, dice[at]), "most_uncertain": (worst, np.zeros(20))})])
     assert first == second
+
+
+def test_the_group_random_counts_only_where_it_is_drawn_by_chance(tmp_path):
+    write_csv(tmp_path / "iteration_01" / "scores.csv", ["id", "uncertainty", "dice"], [("a", 1, ""), ("b", 2, "")])
+    write_csv(tmp_path / "iteration_01" / "queries.csv", ["id", "group"], [("a", "random"), ("b", "audit")])
+    answers = [("a", "random", 0.5, 0.4), ("b", "audit", 0.7, 0.6)]
+    write_csv(tmp_path / "iteration_01" / "answers.csv", ["id", "group", "dice", "jaccard"], answers)
+    for query, group in ("paper", "random"), ("power", "chosen"):
+        (tmp_path / "config.json").write_text(f'{{"query": "{query}"}}')
+        scored = audit.read_scored(tmp_path / "iteration_01", audit.drawn_by_chance(tmp_path))
+        assert {name: dice.tolist() for name, (_, dice) in scored.answered.items()} == {group: [0.5], "audit": [0.7]}
 
 
 @pytest.mark.parametrize("count", [0, 1])

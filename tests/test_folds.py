@@ -194,6 +194,23 @@ def test_the_report_compares_the_same_images(written, monkeypatch, capsys):
     assert "| better | 2 | 5 | 0.6500 |" in capsys.readouterr().out
 
 
+def test_trials_that_were_measured_are_compared_with_the_baseline_measured_likewise(written, monkeypatch):
+    for trial, value in ("baseline", 0.1), ("baseline-measured-tta", 0.5), ("better-measured-tta", 0.75):
+        written(trial, "a", p=value, q=value)
+    folds_py(monkeypatch, "--report")
+    rows = {row["trial"]: row for row in json.loads(Path("out/table.json").read_text())}
+    assert rows["better-measured-tta"]["jaccard_less_baseline"] == pytest.approx([0.25, 0.25, 0.25])
+    folds_py(monkeypatch, "--report", "--baseline", "baseline-measured-tta")
+    rows = {row["trial"]: row for row in json.loads(Path("out/table.json").read_text())}
+    assert rows["baseline"]["jaccard_less_baseline"] == pytest.approx([-0.4, -0.4, -0.4])
+
+
+def test_an_image_in_two_folds_is_an_error(written, monkeypatch):
+    write_csv(Path("out/folds.csv"), ["id", "fold"], [("p", "a"), ("q", "a"), ("p", "b")])
+    with pytest.raises(UserError, match=r"folds.csv: p is there twice; each image must have one fold"):
+        folds_py(monkeypatch, "--report")
+
+
 def test_a_record_of_other_folds_is_not_reported(written, monkeypatch):
     written("old", "a", p=0.5, r=0.5)
     with pytest.raises(UserError, match=r"old/a/test.csv: does not have the images of a fold a"):
@@ -205,11 +222,14 @@ def test_a_trial_is_measured_at_the_images_own_size(done, go):
     go("--trial", "baseline", "--measure", "isic", "--largest")
     own = read_csv(done / "out" / "baseline-measured-largest" / "b" / "test.csv")
     assert [row["id"] for row in own] == [f"ISIC_{n:07d}" for n in range(5, 12)]
+    shutil.rmtree(done / "out" / "baseline-measured-largest" / "a")  # as if it had been stopped
+    go("--trial", "baseline", "--measure", "isic", "--largest")
+    assert read_csv(done / "out" / "baseline-measured-largest" / "b" / "test.csv") == own
 
 
 @pytest.mark.slow
 def test_a_trial_has_the_same_settings_and_data_in_all_folds(done, go):
-    with pytest.raises(UserError, match=r"--filters 3: out/baseline/. was trained with 2; give another --trial"):
+    with pytest.raises(UserError, match=r"out/baseline/. was trained with --filters 2, not 3; give another --trial"):
         go("--trial", "baseline", *TINY, "--filters", "3")
     record = done / "out" / "baseline" / "a" / "environment.json"
     kept = record.read_text()

@@ -11,7 +11,7 @@ import labels
 import reproduce
 import train
 from data import Dataset, split
-from experiment import Run, configure
+from experiment import Run, configure, read_base
 from utils import UserError, read_csv
 
 pytestmark = pytest.mark.slow  # two arms of two runs are done first
@@ -39,7 +39,7 @@ def go(done, monkeypatch):
 
     def run(*arguments):
         monkeypatch.chdir(done[0])
-        monkeypatch.setattr("sys.argv", ["labels.py", "--out", "out", *map(str, arguments), *done[1]])
+        monkeypatch.setattr("sys.argv", ["labels.py", "--out", "out", *done[1], *map(str, arguments)])
         return labels.main()
 
     return run
@@ -48,7 +48,7 @@ def go(done, monkeypatch):
 @pytest.mark.parametrize("arm", ["ceal", "random"])
 def test_the_labels_are_those_of_the_run(done, arm):
     folder, options = done
-    base, run = labels.read_config(options), Run("scarce", arm, 2)
+    base, run = read_base(options), Run("scarce", arm, 2)
     config, place = configure(run, base), folder / "runs" / "out" / run.name
     with Dataset(folder / "blobs.h5") as dataset:
         parts = split(dataset, config.initial, config.pool, config.test, config.split_seed)
@@ -90,13 +90,13 @@ def test_the_networks_are_those_of_final_steps(go, done, tmp_path, monkeypatch, 
     }
     assert rows["ceal", 20]["dice"] == pytest.approx(np.mean([dice["ceal", 1], dice["ceal", 2]]))
     less = np.mean([np.subtract(dice["ceal", seed], dice["random", seed]) for seed in (1, 2)])
-    assert rows["ceal", 20]["less_random"][0] == pytest.approx(less)
+    assert rows["ceal", 20]["less_baseline"][0] == pytest.approx(less)
     assert (folder / "out" / "figures" / "labels.png").exists()
 
 
 def test_a_mixture_takes_the_queries_of_both_in_turn_without_those_that_people_dispute(done):
     folder, options = done
-    base = labels.read_config(options)
+    base = read_base(options)
     run, config = Run("scarce", "ceal+random", 1), configure(Run("scarce", "ceal", 1), base)
     with Dataset(folder / "blobs.h5") as dataset:
         parts = split(dataset, config.initial, config.pool, config.test, config.split_seed)
@@ -149,8 +149,43 @@ def test_the_final_networks_are_measured_on_images_held_out(done, monkeypatch):
 
 def test_networks_that_are_there_are_not_trained_again(go, monkeypatch):
     go("--arms", "random", "--seeds", "1", "--at", "8")
-    monkeypatch.setattr(labels, "labels_after", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("final.train_final", lambda *_: pytest.fail("trained again"))
     go("--arms", "random", "--seeds", "1", "--at", "8")
+
+
+def test_networks_of_other_settings_or_labels_are_not_mixed(go, done, tmp_path, monkeypatch):
+    go("--arms", "ceal,random", "--seeds", "1", "--at", "8")
+    with pytest.raises(UserError, match=r"random-1-8 was made with --filters 2, not 3: give another --out"):
+        go("--arms", "random", "--seeds", "1", "--at", "8", "--filters", "3")
+    with pytest.raises(UserError, match=r"records/scarce-ceal-1 was made with --initial 2, not 10: give the settings"):
+        go("--arms", "ceal", "--seeds", "1", "--at", "8", "--validation", "8")
+    out = shutil.copytree(done[0] / "out", tmp_path / "out")
+    arguments = ["labels.py", "--out", str(out), "--arms", "ceal", "--seeds", "1", "--at", "8", *done[1]]
+    path = out / "final" / "scarce-ceal-1-8" / "config.json"
+    path.write_text(path.read_text().replace('"labels": "', '"labels": "0'))
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(UserError, match=r"scarce-ceal-1-8 was made with other labels: give another --out"):
+        labels.main()
+    path = path.with_name("run.json")
+    path.write_text(path.read_text().replace('"precision": "float32"', '"precision": "bfloat16"'))
+    with pytest.raises(UserError, match=r"scarce-ceal-1-8 and .* differ in precision: give each its own --out"):
+        labels.report(out, out)
+
+
+def test_the_labels_of_a_run_with_audit_are_known_without_a_record(tmp_path, monkeypatch):
+    options = f"--data {write_blobs(tmp_path / 'blobs.h5', 60, 48, 64)} {TINY} {QUERIES} --audit 2".split()
+    base, run = read_base(options), Run("scarce", "random", 1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "sys.argv",
+        ["reproduce.py", "--out", "out", "--regimes", "scarce", "--arms", "random", "--seeds", "1", *options],
+    )
+    reproduce.main()
+    with Dataset(tmp_path / "blobs.h5") as dataset:
+        _, _, pool, iteration = labels.labels_of(run, base, dataset, tmp_path / "out", 2 + 3 * 8)
+        ids = dataset.ids[pool.training_set()[0]].tolist()
+    queries = [order_of(tmp_path / "runs" / "out" / run.name, k) for k in (1, 2, 3)]
+    assert (iteration, ids[2:]) == (3, [id for some in queries for id in some])
 
 
 @pytest.mark.parametrize(
@@ -163,6 +198,9 @@ def test_networks_that_are_there_are_not_trained_again(go, monkeypatch):
             r"scarce-ceal-7 does not have the run's queries: do this run with reproduce\.py first",
         ),
         ("--arms ceal+full", "full: not an arm that chooses labels"),
+        ("--arms ceal+typical_start --at 8", r"ceal\+typical_start: their first labels differ"),
+        ("--test 0", "--test or --validation 0 or 1"),
+        ("--run runs/out/scarce-ceal-1", "--run: each run has its own"),
         ("--arms ceal-disputed", "ceal-disputed: give --agreement"),
         ("--arms ceal --agreement none.csv", r"none\.csv does not exist"),
     ],

@@ -259,8 +259,36 @@ def test_a_whole_run_with_a_person_who_starts_with_no_masks(go, hospital, few_ma
     before = everything(run)
     code, out, err = go(run)
     assert "3 iterations are done already" in out
-    assert "no iteration is left that could use a correction" in err
+    assert "with --correct, this mask counts for --final-steps alone" in err
     assert everything(run) == before
+
+
+@pytest.mark.slow
+def test_masks_that_come_while_an_iteration_is_trained_are_in_the_final_network(
+    go, hospital, few_masks, tmp_path, monkeypatch
+):
+    run, fit = tmp_path / "run", Trainer.fit
+    go(run, "--data", few_masks, "--oracle", "folder", *OPTIONS.split())
+    first = asked(run, 0)
+    for id in first[:-1]:
+        save_mask(hospital[1][id], run / "annotate" / "iteration_00" / "masks" / f"{id}.png")
+    go(run, "--partial")
+    second = asked(run, 1)
+    for id in second[:-1]:
+        save_mask(hospital[1][id], run / "annotate" / "iteration_01" / "masks" / f"{id}.png")
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        go(run, "--partial")
+    monkeypatch.setattr(Trainer, "fit", fit)
+    save_mask(hospital[1][first[-1]], run / "annotate" / "iteration_00" / "masks" / f"{first[-1]}.png")
+    save_mask(hospital[1][second[-1]], run / "annotate" / "iteration_01" / "masks" / f"{second[-1]}.png")
+    assert "2 answers accepted" in go(run, "--final-steps", 2)[1]
+    (row,) = read_csv(run / "final" / "history.csv")
+    assert (row["iteration"], int(row["annotations"])) == ("0", len(first) + len(second))
 
 
 @pytest.mark.slow
@@ -657,7 +685,7 @@ def test_an_answer_in_use_changes_only_with_correct_and_from_the_next_iteration_
         assert oracle(ask=False).collect() == []
 
 
-def test_a_correction_that_no_iteration_can_use_is_refused(oracle, hospital):
+def test_a_correction_after_the_last_iteration_is_for_the_final_network_alone(oracle, hospital, capsys):
     run, id = oracle.folder.parent, oracle.ids[1]
     save_mask(hospital[1][id], oracle.masks / f"{id}.png")
     oracle(partial=True)
@@ -665,10 +693,12 @@ def test_a_correction_that_no_iteration_can_use_is_refused(oracle, hospital):
         oracle(ask=False).ask(iteration, {})
     before = rows(run)
     save_mask(binary_dilation(hospital[1][id]), oracle.masks / f"{id}.png")
-    for correct in False, True:
-        (line,) = oracle(ask=False, correct=correct).collect()
-        assert "no iteration is left that could use a correction" in line
+    (line,) = oracle(ask=False).collect()
+    assert "with --correct, this mask counts for --final-steps alone" in line
     assert rows(run) == before
+    assert oracle(ask=False, correct=True).collect() == []
+    assert "1 answers accepted; only --final-steps can still use them" in capsys.readouterr().out
+    assert len(rows(run)) == len(before) + 1
 
 
 @pytest.mark.parametrize("spoil", ["0012,random\n", "", None])
