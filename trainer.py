@@ -213,6 +213,11 @@ class Trainer:
         kind, artefacts = self.config.augmentation, self.config.artefacts if augmented else 0.0
         augment = augmentation(self.config.rotation, self.config.width_shift, seed, kind) if augmented else None
         steps, last = self.config.epoch_steps(count), self.config.training_steps(count, iteration)
+        if (smallest := count // steps) < (devices := self.model.distribute_strategy.num_replicas_in_sync):
+            raise UserError(
+                f"--batch-size {self.config.batch_size}: {count} images make some batches of {smallest}, too few for "
+                f"{devices} devices; give at least {2 * devices - 1}, or --devices one"
+            )
         batches = Batches(self.dataset, self.mean, self.std, positions, labels, steps, seed, augment, artefacts)
         if not self.one_gpu:
             return batches.on_cpu(first, last)
