@@ -332,7 +332,6 @@ def test_more_devices_than_a_batch_has_images_are_refused(dataset, tmp_path):
     odd = [*command[:-1], "2", "--initial", "15", "--pool", "29", "--run", str(tmp_path / "odd")]
     done = subprocess.run(odd, capture_output=True, text=True, cwd=ROOT)
     assert "--batch-size 2: 15 images make some batches of 1, too few for 2 devices; give at least 3, or" in done.stderr
-    assert done.returncode == 2
 
 
 # ------------------------------------------------------------------------------------------------------ augmentation
