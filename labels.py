@@ -1,7 +1,7 @@
 """What a label is worth: a network trained anew, in the same way, on each set of labels that a strategy chose.
 
     python reproduce.py --preset quick --out results/labels --regimes scarce --arms ceal --seeds 5
-    python labels.py --preset quick --out results/labels --arms ceal,random --seeds 5 --at 100,205,415
+    python labels.py --preset quick --out results/labels --arms ceal,random --seeds 1-5 --at 100,205,415
     python labels.py --preset quick --out results/labels --report
     python labels.py --preset quick --out results/choice --arms undisputed,strata,random --seeds 1-3 --validation 300
 
