@@ -37,15 +37,15 @@ def power(scores, rng, config):
 
 
 def undisputed(scores, rng, config, agreement):
-    """As power, without the images on which people would probably disagree.
+    """Images at random, the more likely the less people would agree, without those on which they probably disagree.
 
-    Ours. These are the images whose expected agreement (utils.expected_agreement) is below --least-agreement. Should
-    too few remain, the images that are closest to it are added."""
-    scores, agreement = np.asarray(scores, np.float64), np.asarray(agreement)
+    Ours. In proportion to 1 - expected agreement (utils.expected_agreement), which unlike the score does not grow with
+    the lesion; without the images below --least-agreement. Should too few remain, those closest to it are added."""
+    agreement = np.asarray(agreement, np.float64)
     allowed = np.flatnonzero(agreement >= config.least_agreement)
     if len(allowed) < config.asked:
         allowed = np.argsort(-agreement, kind="stable")[: config.asked]
-    return {"random": allowed[power(scores[allowed], rng, config)["random"]]}
+    return {"random": allowed[power(1 - agreement[allowed], rng, config)["random"]]}
 
 
 def no_queries(scores, rng, config):

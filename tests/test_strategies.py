@@ -11,7 +11,7 @@ from conftest import ROOT
 import ceal
 from config import Config
 from experiment import ARMS
-from strategies import STRATEGIES, no_queries, paper, power, select, strata, typical, uniform
+from strategies import STRATEGIES, no_queries, paper, power, select, strata, typical, undisputed, uniform
 
 
 def asking(count):
@@ -46,6 +46,17 @@ def test_the_papers_strategy_asks_for_the_three_groups_of_the_config():
     assert {group: positions.tolist() for group, positions in groups.items()} == {
         group: positions.tolist() for group, positions in expected.items()
     }
+
+
+def test_undisputed_prefers_what_people_may_draw_differently_and_leaves_out_what_they_do():
+    agreement, config = np.repeat([0.5, 0.75, 0.95], 200), Config(least_agreement=0.7)
+    rng = np.random.default_rng(1)
+    chosen = np.concatenate([undisputed(np.zeros(600), rng, config, agreement)["random"] for _ in range(40)])
+    count = np.bincount(chosen // 200, minlength=3)
+    assert count[0] == 0
+    assert 4 < count[1] / count[2] < 6  # 0.25 to 0.05
+    few = np.linspace(0, 1, 60)
+    assert set(undisputed(np.zeros(60), rng, config, few)["random"]) == set(range(25, 60))  # 18 are not below 0.7
 
 
 def test_strata_are_of_the_predicted_size_and_share_the_queries():
