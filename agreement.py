@@ -77,10 +77,8 @@ def table(out, agreement):
     for folder in experiment.record_folders(out):
         run = Run.named(folder.name)
         with experiment.as_written(folder):
-            held_out = json.loads((folder / "config.json").read_text()).get("validation")
-        if held_out:
-            raise UserError(f"{folder}: made with --validation, so its test images would count; use a run without")
-        with experiment.as_written(folder):
+            if json.loads((folder / "config.json").read_text()).get("validation"):
+                raise UserError(f"{folder}: made with --validation, so its test images would count; use a run without")
             if run.arm not in FULL and (found := asked_and_others(folder, ids)):
                 runs.setdefault((run.regime, run.arm), []).append(found)
     rows = []

@@ -18,13 +18,13 @@ from trainer import Trainer
 from utils import derived_seed, whole_folder, write_csv
 
 
-def train_final(config, dataset, normalisation, pool, iteration, steps, memory=None, command="the same command with"):
+def train_final(config, dataset, normalisation, pool, iteration, steps, memory=None, command="the same command"):
     """Train a network on the annotations of a ceal.Pool, and write RUN/final: model.weights.h5, test.csv, history.csv
     with one row, and config.json, which says what it was trained on. The run itself does not change.
 
     An interrupted training goes on where it was, bit for bit on a CPU. A final network of other annotations or steps is
     kept beside the new one. config: of the run; normalisation: mean and std; iteration: the last finished one; steps:
-    of the training, with the run's schedule; memory, command: as for Trainer."""
+    of the training, with the run's schedule; memory: as for Trainer; command: what continues the training."""
     run, (positions, labels) = Path(config.run), pool.training_set()
     settings = {"steps": steps, "iteration": iteration, "annotations": len(labels), "labels": digest(positions, labels)}
     final, unfinished = run / "final", run / ".final"

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,8 @@ def read_folds(out):
     with as_written(path):
         for row in read_csv(path):
             folds.setdefault(row["fold"], []).append(row["id"])
-    ids = [id for fold in folds.values() for id in fold]
-    if twice := sorted({id for id in ids if ids.count(id) > 1} if len(set(ids)) < len(ids) else ()):
+    counts = Counter(id for fold in folds.values() for id in fold)
+    if twice := [id for id, count in counts.items() if count > 1]:
         raise UserError(f"{path}: {twice[0]} is there twice; each image must have one fold")
     if len(folds) < 2:
         raise UserError(f"{path}: has {len(folds)} folds; it must have at least two")

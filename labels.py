@@ -180,8 +180,9 @@ def train_on_labels(run, base, dataset, out, annotations, disputed=()):
     if place.exists():
         with as_written(place):
             different = different_setting(place / "run.json", config)
-            found = read_json(place / "run.json")["data_fingerprint"], read_json(place / "config.json")["labels"]
-        if different or found != (dataset.fingerprint(), digest(*pool.training_set())):
+            same_data = json.loads((place / "run.json").read_text())["data_fingerprint"] == dataset.fingerprint()
+            labels = json.loads((place / "config.json").read_text())["labels"]
+        if different or not same_data or labels != digest(*pool.training_set()):
             raise UserError(f"{place} was made with {different or 'other labels'}: give another --out")
         return
     work = Path("runs") / out.name / f"final-{run.name}-{annotations}"
@@ -200,11 +201,6 @@ def train_on_labels(run, base, dataset, out, annotations, disputed=()):
     print(f"{place.name}: Dice {float(read_csv(place / 'history.csv')[0]['dice']):.4f}", flush=True)
 
 
-def read_json(path):
-    """The content of a JSON file."""
-    return json.loads(path.read_text())
-
-
 # ---------------------------------------------------------------------------------------------------------- the report
 
 
@@ -216,7 +212,8 @@ def read_finals(out):
     free = {*PLACE, *changed, "seed", "initial_seed", "initial", "pool", "most_uncertain"}
     for folder in sorted((out / "final").glob("[!.]*-*")):
         with as_written(folder):
-            stored = {**read_json(folder / "run.json"), "steps": read_json(folder / "config.json")["steps"]}
+            stored = json.loads((folder / "run.json").read_text())
+            stored["steps"] = json.loads((folder / "config.json").read_text())["steps"]
             for name in stored.keys() - free:
                 value, first = settings.setdefault(name, (stored[name], folder))
                 if value != stored[name]:

@@ -162,12 +162,12 @@ class Trainer:
 
     cluster = None  # a cluster.Cluster that scores the pool in place of this process
     events = None  # an events.Events that takes each step's loss
-    command = None  # what continues a training, if it is not that of a run of train.py
 
     def __init__(self, config, dataset, mean, std, memory=None, folder=None):
         """memory: bytes of the GPU on which the run began, so that it goes on elsewhere in batches of the same size;
         folder: for what is unfinished, by default the run's."""
         self.config, self.dataset, self.mean, self.std = config, dataset, mean, std
+        self.command = f"python train.py --run {shlex.quote(config.run)}"  # what continues a training
         devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
         several = config.devices == "all" and len(devices) > 1
         if several and config.batch_size < len(devices):
@@ -254,8 +254,7 @@ class Trainer:
         batches = self.batches(positions, labels, iteration, first)
         steps = track(batches, f"iteration {iteration}: training steps", last - first)
         earlier = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations)) - first  # of the iterations before
-        command = self.command or f"python train.py --run {shlex.quote(self.config.run)}"
-        with tensorflow_errors(with_less_memory(self.config.batch_size, command)):
+        with tensorflow_errors(with_less_memory(self.config.batch_size, self.command)):
             for number, batch in enumerate(steps, first):
                 restart(dropout, dropout_seed, number)
                 rate = highest * learning_rate(self.config.schedule, number / last)
