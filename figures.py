@@ -282,6 +282,30 @@ def figure_saved(panels, path):
     save_figure(figure, path, vector=True)
 
 
+def figure_label_sets(rows, path):
+    """Networks trained anew on sets of labels: Dice, and what it is more than on random labels.
+
+    rows: a list of (name, each seed's Dice, each seed's difference, (difference, low, high) or None).
+    """
+    figure = new_figure(figsize=(10, 1.2 + 0.4 * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for place, (_, dice, differences, interval) in enumerate(rows):
+        left.plot(dice, [place] * len(dice), "o", color="0.7", markersize=4)
+        left.plot(np.mean(dice), place, "kD", markersize=5)
+        if interval is not None:
+            middle, low, high = interval
+            right.plot(differences, [place] * len(differences), "o", color="0.7", markersize=4)
+            right.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="kD", markersize=5, capsize=3)
+    right.axvline(0, color="k", linewidth=0.7)
+    left.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    left.set(xlabel="Dice", ylim=(len(rows) - 0.5, -0.5))
+    right.set(xlabel="Dice less that of random labels, with 95 % interval")
+    for ax in left, right:
+        ax.grid(alpha=0.3)
+    figure.suptitle("Networks trained anew on a set of labels (grey: single seeds)", fontsize=10)
+    save_figure(figure, path, vector=True)
+
+
 class Regions(NamedTuple):
     """One pool with the limits of the paper's four regions."""
 

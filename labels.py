@@ -31,10 +31,8 @@ from data import Dataset, normalisation, split_of_run
 from experiment import (
     ARMS,
     FULL,
-    LINES,
     PLACE,
     REGIMES,
-    STYLES,
     Run,
     as_written,
     configure,
@@ -48,6 +46,7 @@ from strategies import STRATEGIES, select
 from utils import UserError, derived_seed, read_csv, run_command, whole_file, whole_folder
 
 WITHOUT = "-disputed"  # at the end of an arm's name: without the queries that people draw differently
+SINGLE_DICE, SINGLE_DIFFERENCES = SINGLE = "dice_of_seeds", "differences_of_seeds"  # in labels.json alone
 BASELINE = {"typical_start": "random_start", "random_start": "random_start"}  # subtracted in place of `random`
 
 
@@ -237,9 +236,11 @@ def summarise(found, full):
         common = sorted(seeds.keys() & baseline.keys()) if arm != less else []
         row = {"regime": regime, "arm": arm, "labels": annotations, "seeds": len(means), "dice": float(np.mean(means))}
         row["share_of_full"] = row["dice"] / full if full else None
+        row[SINGLE_DICE] = {seed: float(dice.mean()) for seed, dice in sorted(seeds.items())}
         if len(common) > 1:
             differences = np.stack([seeds[seed] - baseline[seed] for seed in common])
             row |= {"baseline": less, "common_seeds": len(common)}
+            row[SINGLE_DIFFERENCES] = dict(zip(common, differences.mean(1).tolist()))
             row["less_baseline"] = float(differences.mean()), *experiment.interval(differences)
             row["over_seeds"] = float(differences.mean()), *experiment.interval_over_seeds(differences)
         rows.append(row)
@@ -256,23 +257,24 @@ def report(out, records):
     ):
         full = float(np.mean([run["dice"][-1] for run in all_labels[0].values()]))
     rows = summarise(found, full)
-    header = list(dict.fromkeys(name for row in rows for name in row))
+    header = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in SINGLE]
     cells = [[as_text(row.get(name)) for name in header] for row in rows]
     with whole_file(out / "labels.md") as partial:
         lines = [header, ["---"] * len(header), *cells]
         partial.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines).replace("_", " "))
     with whole_file(out / "labels.json") as partial:
         partial.write_text(json.dumps(rows, indent=1) + "\n")
-    panels, mixtures = {}, sorted({arm for _, arm, _ in found} - set(STYLES))
-    styles = STYLES | dict(zip(mixtures, reversed(LINES)))
-    for regime, arm in dict.fromkeys((row["regime"], row["arm"]) for row in rows):
-        at = sorted(a for r, s, a in found if (r, s) == (regime, arm))
-        means = [[dice.mean() for dice in found[regime, arm, a].values()] for a in at]
-        spread = np.array([np.std(values, ddof=min(1, len(values) - 1)) for values in means])
-        curve = figures.Curve(arm, styles[arm], np.array(at), np.array([np.mean(values) for values in means]), spread)
-        panels.setdefault(f"{regime} regime, trained anew", []).append(curve)
     (out / "figures").mkdir(exist_ok=True)
-    figures.figure_curves(panels, out / "figures" / "labels.png")
+    drawn = [
+        (
+            f"{row['arm']}, {row['labels']} labels, {row['regime']} regime",
+            list(row[SINGLE_DICE].values()),
+            list(row.get(SINGLE_DIFFERENCES, {}).values()),
+            row.get("less_baseline"),
+        )
+        for row in sorted(rows, key=lambda row: (row["regime"], row["labels"], row["arm"]))
+    ]
+    figures.figure_label_sets(drawn, out / "figures" / "labels.png")
     print((out / "labels.md").read_text())
 
 

@@ -91,6 +91,9 @@ def test_the_networks_are_those_of_final_steps(go, done, tmp_path, monkeypatch, 
     assert rows["ceal", 20]["dice"] == pytest.approx(np.mean([dice["ceal", 1], dice["ceal", 2]]))
     less = np.mean([np.subtract(dice["ceal", seed], dice["random", seed]) for seed in (1, 2)])
     assert rows["ceal", 20]["less_baseline"][0] == pytest.approx(less)
+    single = {seed: np.mean(np.subtract(dice["ceal", int(seed)], dice["random", int(seed)])) for seed in "12"}
+    assert rows["ceal", 20]["differences_of_seeds"] == pytest.approx(single)
+    assert "of seeds" not in table
     assert (folder / "out" / "figures" / "labels.png").exists()
 
 
