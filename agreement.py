@@ -100,15 +100,11 @@ def table(out, agreement):
 
 def report(out, agreement):
     """Write agreement.md and agreement.json, and print the table. Raises UserError if no record has queries."""
-    from reproduce import as_text
-
     rows = table(out, agreement)
     if not rows:
         raise UserError(f"{out}: no record with queries; do runs with reproduce.py first")
-    cells = [["" if isinstance(v, float) and math.isnan(v) else as_text(v) for v in row.values()] for row in rows]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
-    with whole_file(out / "agreement.md") as partial:
-        partial.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines).replace("_", " "))
+    known = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
+    experiment.write_table(out / "agreement.md", list(rows[0]), known)
     with whole_file(out / "agreement.json") as partial:
         partial.write_text(json.dumps(rows, indent=1) + "\n")
     print((out / "agreement.md").read_text())

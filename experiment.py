@@ -450,6 +450,24 @@ def reached(annotations, dice, level):
     return float(np.interp(level, dice[k - 1 : k + 1], annotations[k - 1 : k + 1])) if k else float(annotations[0])
 
 
+def as_text(value):
+    """A cell of a table."""
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        mean, low, high = value
+        return f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def write_table(path, header, rows):
+    """Write rows, each a dict, as a table in Markdown with the columns `header`."""
+    cells = [[as_text(row.get(name)) for name in header] for row in rows]
+    with whole_file(path) as partial:
+        lines = (f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *cells])
+        partial.write_text("".join(lines).replace("_", " "))
+
+
 # ------------------------------------------------------------------------------------------ the numbers of the figures
 
 

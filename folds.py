@@ -25,7 +25,7 @@ import numpy as np
 import ceal
 from config import read_config
 from data import Dataset
-from experiment import as_written, different_setting, recorded_data
+from experiment import as_written, different_setting, recorded_data, write_table
 from pictures import find_pairs
 from predict import mean_intervals
 from process import outlasting_output, stopped_at_once
@@ -174,8 +174,6 @@ def summarise(found, baseline):
 def report(out, folds, baseline):
     """Write table.md and table.json: a row for each trial, and its Jaccard less that of the trial `baseline`, with a
     95 % interval over the images that both have. A trial of `measure` is compared with `baseline` measured likewise."""
-    from reproduce import as_text
-
     trials = read_trials(out, folds)
 
     def baseline_of(name):
@@ -184,9 +182,7 @@ def report(out, folds, baseline):
 
     rows = [{"trial": name, **summarise(found, baseline_of(name))} for name, found in trials.items()]
     header = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
-    lines = [header, ["---"] * len(header), *([as_text(row.get(name)) for name in header] for row in rows)]
-    with whole_file(out / "table.md") as partial:
-        partial.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines).replace("_", " "))
+    write_table(out / "table.md", header, rows)
     with whole_file(out / "table.json") as partial:
         partial.write_text(json.dumps(rows, indent=1) + "\n")
     print((out / "table.md").read_text())

@@ -249,8 +249,6 @@ def summarise(found, full):
 
 def report(out, records):
     """Write labels.md, labels.json and figures/labels.png. records: a folder with records of the arm `full`, if any."""
-    from reproduce import as_text
-
     found, full = read_finals(out), None
     if (runs := experiment.read_records(records)) and (
         all_labels := [v for (_, arm), v in runs.items() if arm == "full"]
@@ -258,10 +256,7 @@ def report(out, records):
         full = float(np.mean([run["dice"][-1] for run in all_labels[0].values()]))
     rows = summarise(found, full)
     header = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in SINGLE]
-    cells = [[as_text(row.get(name)) for name in header] for row in rows]
-    with whole_file(out / "labels.md") as partial:
-        lines = [header, ["---"] * len(header), *cells]
-        partial.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines).replace("_", " "))
+    experiment.write_table(out / "labels.md", header, rows)
     with whole_file(out / "labels.json") as partial:
         partial.write_text(json.dumps(rows, indent=1) + "\n")
     (out / "figures").mkdir(exist_ok=True)

@@ -211,16 +211,6 @@ def print_run(run, out):
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
-def as_text(value):
-    """A cell of table.md."""
-    if value is None:
-        return ""
-    if isinstance(value, tuple):
-        mean, low, high = value
-        return f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
 def report(out):
     """Write table.csv, table.md, results.json and the figures from all records. Raises UserError if there are none."""
     found = read_records(out)
@@ -228,11 +218,8 @@ def report(out):
         raise UserError(f"{out}: no finished run in records/; leave out --report to do the runs")
     rows = experiment.summarise(found)
     header = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[as_text(row.get(name)) for name in header] for row in rows]
-    write_csv(out / "table.csv", header, cells)
-    lines = [header, ["---"] * len(header), *cells]
-    with whole_file(out / "table.md") as partial:
-        partial.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines).replace("_", " "))
+    write_csv(out / "table.csv", header, [[experiment.as_text(row.get(name)) for name in header] for row in rows])
+    experiment.write_table(out / "table.md", header, rows)
     keys = "annotations", "dice", "jaccard", "pool"
     runs = {}
     for (regime, arm), seeds in found.items():
