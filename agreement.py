@@ -35,13 +35,25 @@ def read_agreement(path):
     return found
 
 
+def pool_images(out):
+    """The ids of all images that were in a record's pool, as far as the records tell: those scored or asked for."""
+    ids = set()
+    for folder in experiment.record_folders(out):
+        with experiment.as_written(folder):
+            for pool in experiment.read_pools(folder).values():
+                ids.update(pool["id"].tolist())
+            for groups in experiment.recorded_queries(folder).values():
+                ids.update(groups)
+    return ids
+
+
 def asked_and_others(folder, ids):
     """Which of these ids a record's run asked for: a dict of iteration to (a dict of group to bool (N,), the images
-    that are neither for test nor asked for earlier, bool (N,))."""
+    that are neither for test nor asked for earlier, bool (N,)). ids: images of the pools and of the test."""
     test = {row["id"] for row in read_csv(folder / "test_dice.csv")}
-    others, found = np.array([id not in test for id in ids]), {}
+    others, found = np.array([id not in test for id in ids], bool), {}
     for iteration, groups in experiment.recorded_queries(folder).items():
-        of = {group: np.array([groups.get(id) == group for id in ids]) for group in GROUPS}
+        of = {group: np.array([groups.get(id) == group for id in ids], bool) for group in GROUPS}
         found[iteration] = of, others.copy()
         others &= ~np.any([chosen for group, chosen in of.items() if group != "pseudo"], 0)
     return found
@@ -99,18 +111,24 @@ def table(out, agreement):
 
 
 def report(out, agreement):
-    """Write agreement.md and agreement.json, and print the table. Raises UserError if no record has queries."""
-    rows = table(out, agreement)
-    if not rows:
+    """Write agreement.md and agreement.json, and print the table. Raises UserError if no record has queries, or none
+    asked for one of these images."""
+    if not (pool := pool_images(out)):
         raise UserError(f"{out}: no record with queries; do runs with reproduce.py first")
+    if not (rows := table(out, {id: dice for id, dice in agreement.items() if id in pool})):
+        raise UserError(f"{out}: asked for none of the csv file's images; are their ids those of the data file?")
     known = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
     experiment.write_table(out / "agreement.md", list(rows[0]), known)
     with whole_file(out / "agreement.json") as partial:
         partial.write_text(json.dumps(rows, indent=1) + "\n")
     print((out / "agreement.md").read_text())
-    print("images: those asked for of which two people's masks are known; less others: less the images of the pool")
-    print("and the first labels, with the 95 % interval over seeds and images. Several people drew harder images more")
-    print("often, so that all means are below those of the whole pool.")
+    print(
+        "images: those asked for of which two people's masks are known; less others: less the images of the pool, with"
+    )
+    print(
+        "the 95 % interval over seeds and images. Several people drew harder images more often, so that all means are"
+    )
+    print("below those of the whole pool.")
 
 
 def main():

@@ -225,6 +225,8 @@ class PersonOracle:
             if earlier and same(earlier, answer):
                 continue
             try:
+                if earlier and not answer.rejection and self._is_kept(answer.id, read):
+                    continue
                 if earlier and earlier.iteration <= self._closed:
                     self._require_correctable(place, earlier, answer)
                 mask = None if answer.rejection else read()
@@ -241,6 +243,14 @@ class PersonOracle:
             yield answer, mask
         if warning := inverted_warning(covers):
             print_warning(f"{self._address()}: {warning}")
+
+    def _is_kept(self, id, read):
+        """Whether a mask equals the last answer to this image, although its file is another."""
+        name = dict(zip((row.id for row in self._rows), mask_names(self._rows)))[id]
+        if self._answers[id].rejection:
+            return False
+        with self._reading() as file:
+            return np.array_equal(read(), file[name][:])
 
     def _answer(self, id, hash, rejection):
         """The Answer with this content, if it is accepted now."""
@@ -274,6 +284,7 @@ class PersonOracle:
         # In memory, because h5py crashes if the disk is full; 10,000 masks take about 100 MB.
         buffer, rows = io.BytesIO(self.path.read_bytes() if self.path.exists() else b""), [*self._rows]
         with h5py.File(buffer, "a") as file:
+            self._require_unchanged(file)
             file.attrs["closed"] = closed
             file.require_group("masks")
             for answer, mask in (*first, *answers):
@@ -290,6 +301,12 @@ class PersonOracle:
             partial.write_bytes(buffer.getbuffer())
         self._rows, self._closed = rows, closed
         self._answers = {answer.id: answer for answer in rows}
+
+    def _require_unchanged(self, file):
+        """Raise UserError if annotations.h5, an open h5py.File, is not as this process has read or written it."""
+        ids = file["ids"].asstr()[:].tolist() if "ids" in file else []
+        if (ids, int(file.attrs.get("closed", -1))) != ([row.id for row in self._rows], self._closed):
+            raise UserError(f"{self.path}: another program has changed or removed it since it was read; run this again")
 
     # Images for the person.
 

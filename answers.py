@@ -121,6 +121,9 @@ def read_answers(folder, asked, ids=()):
             masks.setdefault(id, []).append(path)
         else:
             wrong.append(f"{path}: no image in queries.csv has this name; give the mask its image's name")
+    for id in rejections.keys() & masks.keys():  # what an editor left of a deleted mask is no mask
+        masks[id] = [path for path in masks[id] if path.suffix.lower() in SUFFIXES | {""}]
+    masks = {id: paths for id, paths in masks.items() if paths}
     answers = {id: reason for id, reason in rejections.items() if id not in masks}
     for id, paths in masks.items():
         path, *others = [path for path in paths if path.suffix.lower() in LOSSLESS] or paths[:1]
@@ -148,6 +151,7 @@ def finder(asked, ids):
         inner, inner_suffix = os.path.splitext(stem)
         beside = suffix.lower() not in LOSSLESS and inner_suffix.lower() in SUFFIXES  # for example ID.png.bak
         stems = [stem, inner] if beside else [stem]
+        stems = stems if suffix.lower() in SUFFIXES else [composed(name), *stems]  # what follows a dot may be of the id
         stems = [short for stem in stems for short in (stem, re.sub("_segmentation$", "", stem, flags=re.IGNORECASE))]
         exact = [stem for stem in stems if stem in asked]
         return (exact or [by_case[stem.casefold()] for stem in stems if stem.casefold() in by_case] or [None])[0]
@@ -177,11 +181,12 @@ def read_rejections(path, asked):
         row += [""] * (len(header) - len(row))  # a spreadsheet program may omit empty cells
         cells = [row[column], *row[len(header) :]]  # a reason with commas
         answer = ", ".join(filter(None, (cell.strip() for cell in cells)))
-        elsewhere = [cell for n, cell in enumerate(row[: len(header)]) if n != column and REJECT.match(cell.strip())]
-        if elsewhere and not answer:
-            misplaced.append(f"{path}: {elsewhere[0]!r} is not in the column answer; move it there")
         id = composed(row[id_column])
         id = id if id in ids else names.get(id.strip(), id.strip())
+        others = {*range(len(header))} - {column, *([id_column] if id in ids else ())}  # an id may begin with "reject"
+        elsewhere = [row[n] for n in sorted(others) if REJECT.match(row[n].strip())]
+        if elsewhere and not answer:
+            misplaced.append(f"{path}: {elsewhere[0]!r} is not in the column answer; move it there")
         if id or answer:
             given.append((id, answer))
     if damage := difference([id for id, _ in given], asked):
@@ -190,7 +195,7 @@ def read_rejections(path, asked):
     for id, answer in given:
         match = REJECT.fullmatch(answer)
         if match:
-            rejections[id] = match[1] or "no reason given"
+            rejections[id] = match[1].replace("\0", "") or "no reason given"
         elif answer:
             wrong.append(f"{path}: the answer {answer!r} for {id!r}: write `reject: REASON` or nothing")
     return rejections, wrong

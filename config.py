@@ -309,9 +309,11 @@ def read_command_line(arguments=None, description=None):
 
 def read_config(arguments=None):
     """Only the Config of `read_command_line`, for a command that starts several runs."""
-    config, switches, _ = read_command_line(arguments)
+    config, switches, cluster = read_command_line(arguments)
     if switches["tensorboard"]:
         raise UserError("--tensorboard: only for train.py; leave it out")
+    if cluster != (None, 1):
+        raise UserError("--cluster, --worker-cores: not for this command; leave them out")
     return config
 
 

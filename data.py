@@ -512,7 +512,7 @@ def draw_sheet(args):
             ax.imshow(dataset.images([position])[0], cmap="gray")
             if dataset.has_mask[position]:
                 ax.contour(dataset.masks([position])[0], [0.5], colors="cyan", linewidths=1)
-            ax.set_title(dataset.ids[position], fontsize=8)
+            ax.set_title(dataset.ids[position], fontsize=8, parse_math=False)
         for ax in axes.flat:
             ax.axis("off")
     with whole_file(args.out) as partial:

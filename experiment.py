@@ -147,8 +147,8 @@ def read_base(options):
     """The Config that all runs have in common, from options of train.py. Raises UserError if such runs cannot be
     compared."""
     for option in options:
-        if option.partition("=")[0] in ("--run", "--seed", "--force"):
-            raise UserError(f"{option}: each run has its own; leave it out, and use --out and --seeds")
+        if option.partition("=")[0] in ("--run", "--seed", "--force", "--query"):
+            raise UserError(f"{option}: each run has its own; leave it out, and use --out, --seeds and --arms")
     base = read_config(options)
     if not base.iterations:
         raise UserError("--iterations 0: arms do not differ before the first iteration; give at least 1")

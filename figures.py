@@ -152,7 +152,7 @@ def figure_examples(examples, path):
     for row, (group, (title, image, truth, passes, mean, variance)) in zip(axes, rows):
         row[0].set_ylabel(GROUPS[group][0], fontsize=9)
         row[0].imshow(image, cmap="gray", vmin=0, vmax=255)
-        row[0].set_title(title, fontsize=7)
+        row[0].set_title(title, fontsize=7, parse_math=False)
         names = "truth" if truth is not None else "no truth", *(f"pass {n + 1}" for n in range(steps)), "mean"
         for ax, name, mask in zip(row[1:], names, (truth, *passes, mean)):
             if mask is not None:
@@ -191,7 +191,7 @@ def figure_overview(title, history, pool, examples, path):
     """
     figure = new_figure(figsize=(11, 7.5), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1))
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     panels = [panel for panel in (history, pool) if panel is not None]
     axes = iter(np.atleast_1d(top.subplots(1, len(panels)))) if panels else iter(())
     if history is not None:
@@ -207,7 +207,7 @@ def figure_overview(title, history, pool, examples, path):
         for mask, color in (truth, "cyan"), (prediction, "yellow"):
             if mask is not None and mask.any() and not mask.all():
                 ax.contour(mask, [0.5], colors=color, linewidths=1.5)
-        ax.set_title(name, fontsize=8)
+        ax.set_title(name, fontsize=8, parse_math=False)
     for ax in bottom.axes:
         ax.set_axis_off()
     bottom.suptitle("masks of the network in yellow, true masks in cyan", fontsize=10)

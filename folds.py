@@ -45,6 +45,8 @@ def read_folds(out):
     with as_written(path):
         for row in read_csv(path):
             folds.setdefault(row["fold"], []).append(row["id"])
+    if wrong := [fold for fold in folds if not re.fullmatch(r"\w[\w.-]*", fold or "")]:
+        raise UserError(f"{path}: {wrong[0] or ''!r} is no name of a fold; use letters, digits, - and _ in each row")
     counts = Counter(id for fold in folds.values() for id in fold)
     if twice := [id for id, count in counts.items() if count > 1]:
         raise UserError(f"{path}: {twice[0]} is there twice; each image must have one fold")
@@ -63,7 +65,7 @@ def train_fold(options, trial, fold, folds, out):
     own = {"run": work, "initial": count, "pool": 0, "test": len(folds[fold]), "iterations": 0}
     config = read_config([*options, *(f"--{name}={value}" for name, value in own.items())])
     with Dataset(config.data) as dataset:
-        check_trial(config, dataset, out / trial)
+        check_trial(config, dataset, out / trial, folds)
         if not record.exists():
             with locked(work):
                 train = positions_of([id for name in folds for id in folds[name] if name != fold], dataset)
@@ -100,16 +102,20 @@ def positions_of(ids, dataset):
     return np.sort([place[id] for id in ids])
 
 
-def check_trial(config, dataset, trial):
-    """Raise UserError if a finished fold of the trial was trained with other settings or data."""
+def check_trial(config, dataset, trial, folds):
+    """Raise UserError if a finished fold of the trial was trained with other settings, data or folds."""
+    total = sum(map(len, folds.values()))
     for record in (path.parent for path in trial.glob("[!.]*/config.json")):
         with as_written(record):
+            trained = json.loads((record / "config.json").read_text())["initial"]
             different = different_setting(record / "config.json", config, {"initial", "test", "preset"})
             same_data = recorded_data(record) == dataset.fingerprint()
         if not same_data:
             raise UserError(f"{dataset.path}: {record} was trained on other data; give another --trial")
         if different:
             raise UserError(f"{record} was trained with {different}; give another --trial")
+        if trained != total - len(folds.get(record.name, ())):
+            raise UserError(f"{record}: folds.csv was another one when it was trained; give another --trial")
 
 
 def measure(source, options, trial, fold, ids, out):

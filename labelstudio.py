@@ -81,15 +81,19 @@ class Server:
 
     def pages(self, path, name, **query):
         """Yield the items of all pages of a list. name: of the list in an answer."""
+        found = 0
         for page in itertools.count(1):
             try:
-                items = self.call("GET", path, params={**query, "page": page, "page_size": 100})[name]
+                answer = self.call("GET", path, params={**query, "page": page, "page_size": 100})
             except NotThere:
                 if page == 1:
                     raise
                 return  # a page past the end
+            items = answer[name]
             yield from items
-            if len(items) < 100:
+            found += len(items)
+            total = answer.get("total", answer.get("count", found))  # a server may allow smaller pages only
+            if not items or (len(items) < 100 and found >= total):
                 return
 
     def _sign(self, request):
@@ -168,7 +172,7 @@ class LabelStudioOracle(PersonOracle):
                 self._kept.update(json.loads(self._file.read_text()))
             except (ValueError, TypeError) as error:
                 raise UserError(f"{self._file}: damaged ({error}); restore it from a copy")
-        self._met, self._hashes, self._agreed = False, {}, None
+        self._met, self._known, self._hashes, self._agreed = False, False, {}, None
         self.server = Server(url) if self._closed < last or os.environ.get(TOKEN) else None
 
     def collect(self):
@@ -268,6 +272,7 @@ class LabelStudioOracle(PersonOracle):
                 },
             )
             self._keep(project=project["id"])
+            self._known = True
             return project
         where = f"{self.server.url}/projects/{self._kept['project']}"
         try:
@@ -279,6 +284,7 @@ class LabelStudioOracle(PersonOracle):
             )
         if not self._is_mine(project):
             raise UserError(f"{where}: its description lacks {self._kept['key']}, so it is not the project of this run")
+        self._known = True
         return project
 
     def _is_mine(self, project):
@@ -298,6 +304,8 @@ class LabelStudioOracle(PersonOracle):
         query, tasks = {"project": self._kept["project"], "fields": "all"}, {}
         if query["project"] is None:
             return tasks
+        if not self._known:  # another server may have another project of this number
+            self._project()
         try:
             for task in self.server.pages("/api/tasks", "tasks", **query):
                 if isinstance(at := task["data"].get("position"), int) and 0 <= at < len(self.dataset):

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import itertools
+import re
 import shlex
 import sys
 from hashlib import blake2b
@@ -104,6 +105,10 @@ class FolderOracle(PersonOracle):
         it). Appends what is wrong to the list `wrong`. A queries.csv that is missing is written anew."""
         found = {}
         for folder in sorted((self.run / "annotate").glob("iteration_*")):
+            if not re.fullmatch(r"iteration_\d+", folder.name):  # a copy, or a zip file of it
+                if folder.is_dir():
+                    wrong.append(f"{folder}: not a folder of this run; move its masks to that of the iteration")
+                continue
             asked = self._asked(folder.name)
             if asked and folder.is_dir() and not (folder / "queries.csv").exists():
                 write_table(folder, asked)
@@ -197,7 +202,7 @@ class FolderOracle(PersonOracle):
             command = f"python {shlex.quote(sys.argv[0])} --run {shlex.quote(str(self.run))}"
             proposals = PROPOSALS if propose else NO_PROPOSALS
             text = README.format(count=len(asked), proposals=proposals, cwd=Path.cwd(), command=command)
-            (partial / "README.txt").write_text(text, encoding="utf-8")
+            (partial / "README.txt").write_text(text, encoding="utf-8", errors="surrogateescape")
 
     def _write_image(self, folder, id, position, proposal):
         """Write images/ID and, if there is a proposal, proposed/ID.png and overlay/ID.png."""

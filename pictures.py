@@ -79,6 +79,7 @@ ADVICE = {
     "lossy": "lossy compression blurs a mask's outline, so export masks as PNG",
     "other": "",
     "folder": "--recursive reads folders",
+    "link": "links to folders are not followed",
 }
 
 
@@ -95,7 +96,7 @@ def list_pictures(folder, recursive=False, without=()):
     for name, path, is_folder in _entries(folder, recursive, skipped):
         stem, suffix = os.path.splitext(name)
         if is_folder:
-            left_out.append(LeftOut(path, "folder"))
+            left_out.append(LeftOut(path, "link" if os.path.islink(path) else "folder"))
         elif suffix.lower() in SUFFIXES or (suffix.lower() not in TO_EXPORT and _is_picture(path)):
             pictures.append((composed(stem), path))
         else:
@@ -214,8 +215,9 @@ def _is_lossy_webp(file):
 
 def left_out_line(left_out):
     """One line about a list of LeftOut, or None: left out: 5 files (b6.HEIC, ...), 2 folders (old, ...); ..."""
-    folders = [os.path.basename(path) for path, reason in left_out if reason == "folder"]
-    files = sorted((item for item in left_out if item.reason != "folder"), key=lambda item: item.reason == "other")
+    folders = [os.path.basename(path) for path, reason in left_out if reason in ("folder", "link")]
+    files = [item for item in left_out if item.reason not in ("folder", "link")]
+    files.sort(key=lambda item: item.reason == "other")
     parts = []
     for names, kind in ([os.path.basename(path) for path, _ in files], "file"), (folders, "folder"):
         if names:
@@ -294,6 +296,8 @@ def find_folder(images, masks=None, recursive=False):
     for name, path in found:
         if re.search("[\0-\x1f\ud800-\udfff]", name):
             raise UserError(f"{images}: the name {path!a} is not UTF-8 or has a control character; rename the file")
+        if len(name.encode()) > 240:
+            raise UserError(f"{images}: the id {name} is longer than 240 bytes; shorten the names in {path}")
     pictures, drawn = one_of_each(found), {}
     if masks:
         drawn, alone, unused = match_masks(masks, pictures, recursive, [] if same_folder else [images])
@@ -369,7 +373,7 @@ def read_image(path, height, width, channels):
     """Read a picture at the network's size. Returns uint8 (height, width, channels), and its original (height, width).
 
     One channel is the luminance. The aspect ratio is not kept, as in the paper. Down-sampling is anti-aliased.
-    Raises UserError if the file is not an 8-bit picture or is damaged.
+    Of 16-bit colour the high byte is read. Raises UserError for more than 8 bits in grey, or if the file is damaged.
     """
     mode = "L" if channels == 1 else "RGB"
     with open_picture(path) as picture:
@@ -403,7 +407,8 @@ def open_mask(path, file=None):
         if getattr(picture, "n_frames", 1) > 1:
             raise UserError(f"{path}: {picture.n_frames} pages or layers; save the mask as a single picture")
         picture = upright(picture)
-        picture = picture if picture.mode == "L" else _in_grey(picture, path)  # no copy of a large mask
+        opaque = picture.mode == "L" and not picture.has_transparency_data
+        picture = picture if opaque else _in_grey(picture, path)  # no copy of a large mask
     counts = np.array(picture.histogram())
     (values,) = np.nonzero(counts)
     low, high = (values[0] if len(values) > 1 else 0), values[-1]

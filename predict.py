@@ -258,7 +258,8 @@ def on_cluster(cluster, images, network, options, args, record):
 def main():
     """The command line."""
     args = read_arguments()
-    skipped = [path for path in (args.out, args.truth) if path and path not in map(Path, args.inputs)]
+    written = args.out, args.out / "overlay", args.out / "uncertainty"
+    skipped = [path for path in (*written, args.truth) if path and path not in map(Path, args.inputs)]
     images, left_out = find_images(args.inputs, args.recursive, skipped)
     weights = find_weights(args.weights)
     spare_masks(images.values(), args.out)

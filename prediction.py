@@ -131,7 +131,7 @@ class Result(NamedTuple):
 
 
 def save_results(path, size, prediction, variance, mean, options):
-    """Write the files of one image. Returns its Result.
+    """Write the files of one image. Returns its Result. Raises UserError if an overlay's image cannot be read again.
 
     size: the image's own (height, width). prediction, variance, mean: float32 maps (H, W); the last two may be None.
     """
@@ -141,6 +141,9 @@ def save_results(path, size, prediction, variance, mean, options):
         mask = probability > threshold
         return largest_part(mask) if options.largest else mask
 
+    if options.overlay:  # first, so that an image that has gone since it was predicted gets no files
+        with open_picture(path) as picture:
+            pixels = np.array(upright(picture).convert("RGB"))
     mask = cut(options.threshold)
     save_png(mask.astype(np.uint8) * 255, options.mask(name))
     if variance is not None:
@@ -148,8 +151,6 @@ def save_results(path, size, prediction, variance, mean, options):
         grey = np.round(resize_map(variance, size) / 0.25 * 255).astype(np.uint8)
         save_png(grey, options.out / "uncertainty" / f"{name}_uncertainty.png")
     if options.overlay:
-        with open_picture(path) as picture:
-            pixels = np.array(upright(picture).convert("RGB"))
         pixels[find_boundaries(mask, mode="thick")] = 0, 255, 255
         save_png(pixels, options.out / "overlay" / f"{name}_overlay.png")
     doubt = (None, None)
@@ -249,7 +250,10 @@ def predict_all(images, model, settings, options):
         if isinstance(row, UserError):
             return row
         with room.take(row[1][0] * row[1][1]):
-            return save_results(*row, options)
+            try:
+                return save_results(*row, options)
+            except UserError as error:
+                return error
 
     def predicted():
         for batch in in_batches(map_in_order(read_one, images, workers)):

@@ -21,9 +21,10 @@ from scipy.ndimage import binary_dilation, binary_erosion
 import ceal
 from data import Dataset
 from figures import GROUPS, Drawing, figure_examples, figure_overview, figure_scores
+from pictures import open_picture
 from quality import COMPARED, LATE, MAPS, STABLE, read_answers_of, read_quality, sentence
 from run_folder import INITIAL, read_last_selection, read_selection
-from utils import LIKELY_DISPUTED, open_hdf5, printable, read_csv, segmentation_metrics, whole_file
+from utils import LIKELY_DISPUTED, UserError, open_hdf5, printable, read_csv, segmentation_metrics, whole_file
 
 NAMES = {group: label for group, (label, *_) in GROUPS.items()} | {LATE: "answered late", INITIAL: "initial"}
 LARGE, SMALL = 208, 144  # pixels of the longer side of a picture: of the last iteration, of the others
@@ -91,7 +92,7 @@ def make_page(run, dataset, done=False):
     quality, answers, left = read_quality(run, len(history)), read_annotations(run), Room(MOST)
     waiting = None if done or config["oracle"] == "simulated" else pending(run, len(history), dataset, answers, left)
     last = run / f"iteration_{len(history) - 1:02d}"
-    return template().render(
+    page = template().render(
         name=printable(run),
         config=config,
         about=about,
@@ -115,6 +116,7 @@ def make_page(run, dataset, done=False):
         # The newest first, because older pictures are left out where the page would become too large.
         galleries=[gallery(run, k, len(history) - 1, dataset, answers, left) for k in range(len(history) - 1, 0, -1)],
     )
+    return page.encode(errors="backslashreplace").decode()  # a folder's name may hold bytes that are not UTF-8
 
 
 def state(config, history, waiting, done):
@@ -239,10 +241,10 @@ def pending(run, iteration, dataset, answers, room):
 def read_overlay(path):
     """A small copy of a picture with the outline of the proposal, uint8 (H, W, 3), or None if it cannot be read."""
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             picture.thumbnail((LARGE, LARGE))
             return np.array(picture.convert("RGB"))
-    except OSError:
+    except UserError:
         return None
 
 

@@ -99,6 +99,10 @@ def resume(trainer, pool, oracle, run):
         print(f"{len(history)} iterations are done already, up to {last.parent}", flush=True)
         write_history(history, run)
         write_quality(run, len(history))
+    stale = [] if history else ["history.csv", "quality.csv"]  # the iterations were moved away
+    stale += [] if len(history) > trainer.config.iterations else ["overview.png"]
+    for name in stale:
+        (run / name).unlink(missing_ok=True)
     forget_selections(trainer.config, run, len(history))
     return history
 

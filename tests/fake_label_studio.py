@@ -25,6 +25,7 @@ class FakeLabelStudio:
         self.projects, self.views, self.tasks, self.files, self.stored = {}, {}, {}, {}, {}
         self.numbers, self.log = itertools.count(1), []  # log: (method, path) of each request that was let in
         self.token, self.access, self.seconds = LEGACY, {}, 300
+        self.largest_page = 1000  # items
         self.fail = None  # the status of every answer
         self.lose = 0  # the write of this number is done without an answer
         self.start()
@@ -85,7 +86,7 @@ class FakeLabelStudio:
             raise Refused(401, f"Invalid token {token}.")
 
     def page(self, items, query):
-        size, page = int(query.get("page_size", 30)), int(query.get("page", 1))
+        size, page = min(int(query.get("page_size", 30)), self.largest_page), int(query.get("page", 1))
         some = items[(page - 1) * size : page * size]
         if page > 1 and not some:
             raise Refused(404, "Invalid page.")
@@ -97,7 +98,7 @@ class FakeLabelStudio:
         return kind[number]
 
     def list_projects(self, query, _):
-        return 200, {"results": self.page(list(self.projects.values()), query)}
+        return 200, {"count": len(self.projects), "results": self.page(list(self.projects.values()), query)}
 
     def make_project(self, _, content):
         number = next(self.numbers)
@@ -149,7 +150,8 @@ class FakeLabelStudio:
     def list_tasks(self, query, _):
         project = int(query["project"])
         self.existing(self.projects, project)
-        return 200, {"tasks": self.page([task for task in self.tasks.values() if task["project"] == project], query)}
+        tasks = [task for task in self.tasks.values() if task["project"] == project]
+        return 200, {"total": len(tasks), "tasks": self.page(tasks, query)}
 
     def change_task(self, _, content, number):
         self.existing(self.tasks, number).update(content)

@@ -8,8 +8,8 @@ import pytest
 import agreement
 from utils import UserError, write_csv
 
-# Of ten images t is for test; people agree on a, b, c and d but not on e to h. The others are not known.
-PEOPLE = {"a": 0.9, "b": 0.8, "c": 0.9, "d": 0.8, "e": 0.1, "f": 0.3, "g": 0.2, "h": 0.4, "t": 0.5}
+# Of ten images t is for test; people agree on a, b, c and d but not on e to h. x is not known, z is elsewhere.
+PEOPLE = {"a": 0.9, "b": 0.8, "c": 0.9, "d": 0.8, "e": 0.1, "f": 0.3, "g": 0.2, "h": 0.4, "t": 0.5, "z": 1.0}
 QUERIES = [(1, "e", "most_uncertain"), (1, "a", "pseudo"), (1, "x", "random"), (2, "f", "most_uncertain")]
 QUERIES += [(2, "b", "random")]
 
@@ -22,6 +22,9 @@ def records(tmp_path):
         write_csv(folder / "test_dice.csv", ["id", "iteration_00"], [["t", 0.5]])
         (folder / "config.json").write_text('{"validation": 0}')
         write_csv(folder / "queries.csv", ["iteration", "id", "group"], QUERIES if "ceal" in name else [])
+        if "ceal" in name:
+            maps = {name: np.ones((1, 9), np.float32) for name in ("score", "dice")}
+            np.savez(folder / "pool_images.npz", ids=list("abcdefghx"), iterations=[1], **maps)
     write_csv(tmp_path / "people.csv", ["id", "pairs", "dice"], [(id, 1, dice) for id, dice in PEOPLE.items()])
     return tmp_path
 
@@ -36,7 +39,7 @@ def test_the_agreement_over_what_was_asked_for_is_the_mean_by_hand(records, caps
     assert found["most_uncertain", "1 to 2"]["agreement"] == pytest.approx(0.2)
     assert found["pseudo", "1 to 2"]["agreement"] == pytest.approx(0.9)
     assert found["all", 1]["agreement"] == pytest.approx(0.1)
-    assert found["all", 1]["less_others"][0] == pytest.approx(0.1 - 4.4 / 8)  # of all but the test image
+    assert found["all", 1]["less_others"][0] == pytest.approx(0.1 - 4.4 / 8)  # of all in the pool
     assert found["all", 2]["less_others"][0] == pytest.approx(0.55 - 4.3 / 7)  # without e, which was asked for before
     assert "| scarce | ceal | 2 | most uncertain | 1 to 2 | 4 | 0.2000 |" in capsys.readouterr().out
 
@@ -72,6 +75,13 @@ def test_a_file_that_is_not_of_peoples_agreement_is_named(tmp_path, content, sai
         path.write_text(content)
     with pytest.raises(UserError, match=f"people.csv.*{said}"):
         agreement.read_agreement(path)
+
+
+def test_a_file_of_other_images_is_named(records):
+    with pytest.raises(UserError, match="asked for none of the csv file's images; are their ids"):
+        agreement.report(records / "out", {"z": 1.0})
+    with pytest.raises(UserError, match="asked for none"):
+        agreement.report(records / "out", {"c": 1.0})
 
 
 def test_without_queries_there_is_no_table(tmp_path):

@@ -102,11 +102,12 @@ def test_masks_are_taken_even_if_the_table_is_not(tmp_path):
         ("IMG_1.2.png", None),
         ("IMG_10.png", None),
         ("a.png", None),
+        ("IMG_1.3", "IMG_1.3"),  # an id with a dot, and no suffix
         ("img_2.png", None),  # another image of the data set has this name
     ],
 )
 def test_a_mask_is_never_taken_for_another_image(tmp_path, name, id):
-    asked = ["IMG_1", "IMG_2", "a.b", "x", "X"]
+    asked = ["IMG_1", "IMG_1.3", "IMG_2", "a.b", "x", "X"]
     write_csv(tmp_path / "queries.csv", ["id", "group", "answer"], [(asked_id, "random", "") for asked_id in asked])
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / name).touch()
@@ -128,6 +129,23 @@ def test_a_rejection_in_another_column_is_not_ignored(tmp_path, table):
     rejections, wrong = read_rejections(path, ["A", "B"])
     assert rejections == {}
     assert wrong == [f"{path}: 'reject: blurred' is not in the column answer; move it there"]
+
+
+def test_an_image_whose_name_begins_with_reject_is_not_rejected(tmp_path):
+    write_table(tmp_path, [("rejected_17", "random"), ("B", "random")])
+    assert read_rejections(tmp_path / "queries.csv", ["rejected_17", "B"]) == ({}, [])
+
+
+@pytest.mark.parametrize("name", ["A.png~", "A.kra", "A.xcf", "A.png.bak"])
+def test_a_rejection_counts_whatever_the_editor_left_of_the_mask(tmp_path, name):
+    (tmp_path / "queries.csv").write_text("id,answer\nA,reject: bl\0urred\n")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / name).touch()
+    assert read_answers(tmp_path, ["A"]) == ({"A": "blurred"}, [])
+    (tmp_path / "masks" / "A.png").touch()
+    answers, (line,) = read_answers(tmp_path, ["A"])
+    assert answers == {}
+    assert "A is also rejected" in line
 
 
 @pytest.mark.parametrize("place", ["link", "file"])

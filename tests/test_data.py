@@ -15,6 +15,7 @@ from conftest import write_blobs
 from PIL import Image
 
 import data
+import figures
 import synthetic
 from pictures import open_mask, read_image, read_mask
 from synthetic import draw_artefacts, draw_lesion
@@ -233,6 +234,7 @@ BAD_FOLDERS = {  # a function that damages the folders, and the names in the mes
     "no folder": (lambda images, masks: shutil.rmtree(images), ["photos"]),
     "a file": (lambda images, masks: shutil.rmtree(images) or images.write_text("?"), ["photos"]),
     "not UTF-8": (lambda images, masks: open(os.fsencode(images) + b"/\xff.jpg", "w").close(), ["photos", "udcff.jpg"]),
+    "a long name": (lambda images, masks: (images / f"{241 * 'n'}.jpg").touch(), ["photos", "longer than 240 bytes"]),
     "a line break": (lambda images, masks: (images / "a\nb.jpg").touch(), ["photos", "a\\nb.jpg"]),
 }
 
@@ -851,6 +853,17 @@ def test_show_draws_the_outlines_on_a_sheet(run, tmp_path, channels):
         red, green, blue = np.moveaxis(np.array(sheet.convert("RGB")), -1, 0)
     assert np.sum((red < 80) & (green > 180) & (blue > 180)) > 200
     assert_refused(run("show", tmp_path / "x.h5", tmp_path / "sheet.png"), "sheet.png", "--force")
+
+
+def test_names_are_drawn_as_they_are_though_a_formula_could_be_read_in_them(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "cost$5%$.png", np.full((64, 96, 3), 40))
+    assert run("folder", tmp_path / "in", tmp_path / "x.h5", *SIZE)[0] == 0
+    assert run("show", tmp_path / "x.h5", tmp_path / "sheet.png")[::2] == (0, "")
+    image = np.zeros((4, 4, 1), np.uint8)
+    example = "$_$", image, None, [image[..., 0]], *image.T, *image.T
+    figures.figure_examples([("random", [example])], tmp_path / "e.png")
+    figures.figure_overview("p$#1$", None, None, [("$_$", image, image[..., 0] > 0, None)], tmp_path / "o.png")
 
 
 # --------------------------------------------------------------------------------------------------------- real images

@@ -279,6 +279,14 @@ def test_a_repeated_iteration_does_not_use_an_old_selection(half_run, whole_run)
     assert content(half_run) == content(whole_run[0])
 
 
+@pytest.mark.slow
+def test_all_iterations_can_be_moved_away_and_are_done_anew(half_run, whole_run):
+    for folder in half_run.glob("iteration_*"):
+        folder.rename(half_run.with_name(folder.name))
+    finish(start(half_run))
+    assert content(half_run) == content(whole_run[0])
+
+
 def test_force_moves_nothing_but_a_run(refused, data_file, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("x")

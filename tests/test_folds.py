@@ -217,6 +217,14 @@ def test_a_record_of_other_folds_is_not_reported(written, monkeypatch):
         folds_py(monkeypatch, "--report")
 
 
+@pytest.mark.parametrize(("row", "named"), [(["u", ""], "''"), (["u"], "''"), (["u", "../c"], r"'\.\./c'")])
+def test_each_image_has_a_fold_with_a_name(written, monkeypatch, row, named):
+    with open("out/folds.csv", "a") as file:
+        file.write(",".join(row) + "\n")
+    with pytest.raises(UserError, match=f"folds.csv: {named} is no name of a fold"):
+        folds_py(monkeypatch, "--trial", "x")
+
+
 @pytest.mark.slow
 def test_a_trial_is_measured_at_the_images_own_size(done, go):
     go("--trial", "baseline", "--measure", "isic", "--largest")
@@ -225,6 +233,19 @@ def test_a_trial_is_measured_at_the_images_own_size(done, go):
     shutil.rmtree(done / "out" / "baseline-measured-largest" / "a")  # as if it had been stopped
     go("--trial", "baseline", "--measure", "isic", "--largest")
     assert read_csv(done / "out" / "baseline-measured-largest" / "b" / "test.csv") == own
+
+
+@pytest.mark.slow
+def test_a_trial_does_not_go_on_with_other_folds(done, go):
+    path = done / "out" / "folds.csv"
+    kept = path.read_text()
+    *most, last = kept.splitlines()
+    path.write_text("\n".join([*most, last.split(",")[0] + ",c"]) + "\n")
+    try:
+        with pytest.raises(UserError, match=r"out/baseline/.: folds\.csv was another one when it was trained"):
+            go("--trial", "baseline", "--folds", "c", *TINY)
+    finally:
+        path.write_text(kept)
 
 
 @pytest.mark.slow
@@ -253,6 +274,7 @@ def test_a_trial_has_the_same_settings_and_data_in_all_folds(done, go):
         ("--trial x --out nowhere", "nowhere/folds.csv is missing"),
         ("--report", "out holds no finished fold"),
         ("--trial x --measure nowhere", "nowhere: there is no such folder"),
+        ("--trial x --cluster auto", "--cluster, --worker-cores: not for this command; leave them out"),
         ("--trial x --rotation 200", "--rotation 200.0: must be at most 180 degrees"),
     ],
 )

@@ -204,6 +204,7 @@ def test_the_labels_of_a_run_with_audit_are_known_without_a_record(tmp_path, mon
         ("--arms ceal+typical_start --at 8", r"ceal\+typical_start: their first labels differ"),
         ("--test 0", "--test or --validation 0 or 1"),
         ("--run runs/out/scarce-ceal-1", "--run: each run has its own"),
+        ("--query power", "--query: each run has its own; leave it out, and use --out, --seeds and --arms"),
         ("--arms ceal-disputed", "ceal-disputed: give --agreement"),
         ("--arms ceal --agreement none.csv", r"none\.csv does not exist"),
     ],

@@ -389,6 +389,17 @@ def test_many_tasks_come_in_pages(ask, studio):
     assert [row[0] for row in rows(ask.run)] == ["id 6"]
 
 
+def test_a_server_that_allows_small_pages_only_loses_no_task(ask, studio):
+    studio.largest_page = 3
+    for _ in range(2):
+        with pytest.raises(Unanswered):
+            ask()
+        assert len(studio.tasks) == 8
+    studio.annotate("id 7", [brush(lesion(7))])
+    ask(iteration=None).collect()
+    assert len(rows(ask.run)) == 1
+
+
 def test_wait_collects_as_soon_as_every_image_is_answered_and_outlasts_the_server(ask, studio, capfd):
     def person():
         while len(studio.tasks) < 3:
@@ -508,8 +519,9 @@ def test_a_deleted_task_is_made_again_and_a_deleted_project_is_named(ask, studio
         with pytest.raises(UserError, match="the project of this run is not there, or was deleted"):
             what()
     studio.projects[project["id"]] = {**project, "description": "of another run"}
-    with pytest.raises(UserError, match="is not the project of this run"):
-        ask()
+    for what in ask, lambda: ask(iteration=None).collect():  # the second takes no answer from another run's project
+        with pytest.raises(UserError, match="is not the project of this run"):
+            what()
     (ask.run / "labelstudio.json").unlink()
     with pytest.raises(Unanswered):
         ask()  # in a new project

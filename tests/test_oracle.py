@@ -594,6 +594,55 @@ def test_an_answer_in_use_never_changes_by_itself(oracle, hospital):
     np.testing.assert_array_equal(after[drawn][3], hospital[1][drawn])
 
 
+def test_a_mask_that_is_saved_again_as_it_was_is_no_change(oracle, hospital, capsys):
+    run, id = oracle.folder.parent, oracle.ids[1]
+    path = oracle.masks / f"{id}.png"
+    save_mask(hospital[1][id], path)
+    oracle(partial=True)
+    before = rows(run)
+    with Image.open(path) as picture:
+        picture.save(path, compress_level=0)
+    capsys.readouterr()
+    assert oracle(ask=False).collect() == []
+    assert capsys.readouterr() == ("", "")
+    assert rows(run) == before
+
+
+@pytest.mark.parametrize("how", ["removed", "older", "newer"])
+def test_annotations_that_another_program_changes_meanwhile_are_never_overwritten(oracle, hospital, tmp_path, how):
+    path, ids = oracle.folder.parent / "annotations.h5", oracle.ids
+    for id in ids[:2]:
+        before = path.read_bytes() if path.exists() else b""
+        save_mask(hospital[1][id], oracle.masks / f"{id}.png")
+        old = oracle(ask=False)
+        assert old.collect() == []
+    save_mask(hospital[1][ids[2]], oracle.masks / f"{ids[2]}.png")
+    if how == "newer":
+        assert oracle(ask=False).collect() == []
+    elif how == "older":
+        path.write_bytes(before)
+    else:
+        path.unlink()
+    now = path.read_bytes() if path.exists() else None
+    save_mask(hospital[1][ids[3]], oracle.masks / f"{ids[3]}.png")
+    with pytest.raises(UserError, match=r"annotations\.h5: another program has changed or removed it"):
+        old.collect()
+    assert (path.read_bytes() if path.exists() else None) == now
+    assert oracle(ask=False).collect() == []
+    assert kept(oracle.folder.parent).keys() == set(ids[:4])
+
+
+def test_a_copy_of_the_persons_folder_beside_it_is_named_and_other_files_do_no_harm(oracle, hospital):
+    folder, id = oracle.masks.parent, oracle.ids[0]
+    shutil.make_archive(folder, "zip", folder)
+    save_mask(hospital[1][id], oracle.masks / f"{id}.png")
+    assert oracle(ask=False).collect() == []
+    copy = folder.with_name(f"{folder.name} (copy)")
+    shutil.copytree(folder, copy)
+    assert oracle(ask=False).collect() == [f"{copy}: not a folder of this run; move its masks to that of the iteration"]
+    assert kept(oracle.folder.parent).keys() == {id}
+
+
 def rows(run):
     """Every row of annotations.h5 with its mask, read without oracle.py: a list of (id, iteration, rejection, mask)."""
     with h5py.File(run / "annotations.h5") as file:

@@ -674,6 +674,33 @@ def test_subfolders_are_predicted_on_request(unet_weights, tmp_path, monkeypatch
         run_main(monkeypatch, *given, "--recursive")
 
 
+def test_results_are_no_images_though_they_lie_among_them(unet_weights, tmp_path, monkeypatch):
+    photos = tmp_path / "in"
+    photograph(photos, unet_weights)
+    given = photos, "--recursive", "--weights", unet_weights, "--out", photos, "--overlay", "--uncertainty"
+    for _ in range(2):
+        assert run_main(monkeypatch, *given, "--passes", "2") == 0
+        assert sorted(path.name for path in (photos / "overlay").iterdir()) == ["a_overlay.png"]
+
+
+def test_an_image_that_goes_meanwhile_is_named_and_the_others_are_not_lost(unet_weights, tmp_path, monkeypatch, capsys):
+    photos = tmp_path / "in"
+    photograph(photos, unet_weights)
+    for name in "b", "c":
+        shutil.copy(photos / "a.jpg", photos / f"{name}.jpg")
+    predict_batch = prediction.predict_batch
+
+    def going(*arguments):
+        rows = list(predict_batch(*arguments))
+        (photos / "b.jpg").unlink()
+        return rows
+
+    monkeypatch.setattr(prediction, "predict_batch", going)
+    assert run_main(monkeypatch, photos, "--weights", unet_weights, "--out", photos / "out", "--overlay") == 2
+    assert "b.jpg: there is no such file" in capsys.readouterr().err
+    assert sorted(path.stem[0] for path in (photos / "out").glob("*.png")) == ["a", "c"]
+
+
 class Idle:
     """A network that finds nothing."""
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -276,14 +277,22 @@ def test_while_answers_are_awaited_the_page_says_what_to_do(dataset, tmp_path):
     overlay = run / "annotate" / "iteration_02" / "overlay"
     overlay.mkdir(parents=True)
     Image.new("RGB", (600, 400), (200, 0, 0)).save(overlay / f"{ids[0]}.png")
+    whole = (overlay / f"{ids[0]}.png").read_bytes()
+    (overlay / f"{ids[2]}.png").write_bytes(whole[:60] + bytes(len(whole) - 60))  # as after a power cut
     with h5py.File(run / "annotations.h5", "w") as file:
         file["ids"], file["iterations"], file["rejections"] = [ids[1]], [2], [""]
     reader = check(make_page(run, dataset))
     assert "The run waits for answers: 1 of 4 are there." in reader.text
     assert f"Draw the missing masks in {run}/annotate/iteration_02" in reader.text
     assert f"python train.py --run {run}" in reader.text
-    assert [words for _, words in reader.pictures[:2]] == [f"{ids[0]}, with the outline of the proposal", ids[1]]
+    assert [words for _, words in reader.pictures[:3]] == [f"{ids[0]}, with the outline of the proposal", *ids[1:3]]
     assert reader.text.count("no answer yet") == 3
+
+
+def test_a_run_has_its_page_whatever_its_folder_is_called(dataset, tmp_path):
+    run = made_up_run(tmp_path / os.fsdecode("Müller".encode("latin-1")), dataset.ids, 1, 4)
+    Page(run, dataset).update(done=True)
+    assert "ller/iteration_01" in (run / "report.html").read_text()
 
 
 # -------------------------------------------------------------------------------------------------------- its parts
