@@ -122,13 +122,9 @@ def report(out, agreement):
     with whole_file(out / "agreement.json") as partial:
         partial.write_text(json.dumps(rows, indent=1) + "\n")
     print((out / "agreement.md").read_text())
-    print(
-        "images: those asked for of which two people's masks are known; less others: less the images of the pool, with"
-    )
-    print(
-        "the 95 % interval over seeds and images. Several people drew harder images more often, so that all means are"
-    )
-    print("below those of the whole pool.")
+    print("images: those asked for of which two people's masks are known; less others: less the images of the pool,")
+    print("with the 95 % interval over seeds and images. Several people drew harder images more often, so that all")
+    print("means are below those of the whole pool.")
 
 
 def main():
