@@ -283,7 +283,7 @@ def figure_saved(panels, path):
 
 
 def figure_label_sets(rows, path):
-    """Networks trained anew on sets of labels: Dice, and what it is more than on random labels.
+    """Networks trained anew on sets of labels: Dice, and what it is more than on the labels of a baseline.
 
     rows: a list of (name, each seed's Dice, each seed's difference, (difference, low, high) or None).
     """
@@ -299,7 +299,7 @@ def figure_label_sets(rows, path):
     right.axvline(0, color="k", linewidth=0.7)
     left.set_yticks(range(len(rows)), [name for name, *_ in rows])
     left.set(xlabel="Dice", ylim=(len(rows) - 0.5, -0.5))
-    right.set(xlabel="Dice less that of random labels, with 95 % interval")
+    right.set(xlabel="Dice less that of the baseline, with 95 % interval")
     for ax in left, right:
         ax.grid(alpha=0.3)
     figure.suptitle("Networks trained anew on a set of labels (grey: single seeds)", fontsize=10)

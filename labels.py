@@ -11,7 +11,8 @@ reproduce.py too, 300 labelled images take the place of the test images. Finishe
 OUT/final/; the same command continues an interrupted training.
 
 Mixtures of label sets are arms too: ceal+random takes the queries of both in turn, in the order in which they were
-asked, and ceal-disputed leaves out the queries that two people draw differently, by the file of --agreement.
+asked, and ceal-disputed leaves out the queries that two people draw differently, by the file of --agreement. The
+Dice of ceal-disputed is compared with that of ceal, of other arms with that of random or random_start.
 """
 
 import argparse
@@ -226,12 +227,17 @@ def read_finals(out):
     return found
 
 
+def baseline_of(arm):
+    """The arm that is subtracted: the same one with its disputed images, random first labels, or `random`."""
+    return arm.removesuffix(WITHOUT) if arm.endswith(WITHOUT) else BASELINE.get(arm, "random")
+
+
 def summarise(found, full):
     """The rows of the table, a list of dict. found: as from `read_finals`; full: the Dice with all labels, or None."""
     rows = []
     for (regime, arm, annotations), seeds in sorted(found.items()):
         means = [dice.mean() for dice in seeds.values()]
-        less = BASELINE.get(arm, "random")
+        less = baseline_of(arm)
         baseline = found.get((regime, less, annotations), {})
         common = sorted(seeds.keys() & baseline.keys()) if arm != less else []
         row = {"regime": regime, "arm": arm, "labels": annotations, "seeds": len(means), "dice": float(np.mean(means))}
@@ -262,7 +268,8 @@ def report(out, records):
     (out / "figures").mkdir(exist_ok=True)
     drawn = [
         (
-            f"{row['arm']}, {row['labels']} labels, {row['regime']} regime",
+            f"{row['arm']}, {row['labels']} labels, {row['regime']} regime"
+            + (f"; baseline: {row['baseline']}" if "baseline" in row else ""),
             list(row[SINGLE_DICE].values()),
             list(row.get(SINGLE_DIFFERENCES, {}).values()),
             row.get("less_baseline"),

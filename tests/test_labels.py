@@ -123,6 +123,19 @@ def test_a_mixture_takes_the_queries_of_both_in_turn_without_those_that_people_d
         assert dataset.ids[pool.training_set()[0]].tolist()[2:] == [id for id in both[0] if id not in disputed]
 
 
+def test_an_arm_without_disputed_images_is_compared_with_the_same_arm_with_them():
+    dice = {"random": 0.5, "random-disputed": 0.6, "ceal": 0.7, "ceal-disputed": 0.9, "ceal+random": 0.8}
+    found = {("scarce", arm, 8): {seed: np.full(3, value * seed) for seed in (0.9, 1.1)} for arm, value in dice.items()}
+    rows = {row["arm"]: row for row in labels.summarise(found, None)}
+    less = {arm: (row["baseline"], round(row["less_baseline"][0], 4)) for arm, row in rows.items() if "baseline" in row}
+    assert less == {
+        "ceal": ("random", 0.2),
+        "ceal+random": ("random", 0.3),
+        "ceal-disputed": ("ceal", 0.2),
+        "random-disputed": ("random", 0.1),
+    }
+
+
 def order_of(run, iteration):
     """The ids that a run's iteration asked for, in their order."""
     rows = read_csv(run / f"iteration_{iteration:02d}" / "queries.csv")
