@@ -3,7 +3,8 @@
     python agreement.py human_agreement.csv results/quick
 
 The csv file has the columns `id` and `dice`, the mean Dice of the masks that two people have drawn of an image. The
-queries come from the records of reproduce.py. Writes agreement.md and agreement.json beside them.
+queries come from the records of reproduce.py. Writes agreement.md and agreement.json beside them. An arm without scores
+is reported if another one began with the same first labels, because the images of its pool are known from that one.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import experiment
+from config import Config
 from experiment import FULL, Run
 from figures import GROUPS
 from utils import UserError, in_one_line, read_csv, run_command, whole_file
@@ -35,23 +37,26 @@ def read_agreement(path):
     return found
 
 
+def first_labels(folder):
+    """The settings of a record's run on which the images of its first pool depend, a tuple."""
+    stored = json.loads((folder / "config.json").read_text())
+    return tuple(stored.get(name, getattr(Config, name)) for name in ("initial", "start", "initial_seed"))
+
+
 def pool_images(out):
-    """The ids of all images that were in a record's pool, as far as the records tell: those scored or asked for."""
-    ids = set()
+    """The ids of the pools, as far as the records have scores: a dict of `first_labels` to a set."""
+    pools = {}
     for folder in experiment.record_folders(out):
         with experiment.as_written(folder):
             for pool in experiment.read_pools(folder).values():
-                ids.update(pool["id"].tolist())
-            for groups in experiment.recorded_queries(folder).values():
-                ids.update(groups)
-    return ids
+                pools.setdefault(first_labels(folder), set()).update(pool["id"].tolist())
+    return pools
 
 
-def asked_and_others(folder, ids):
+def asked_and_others(folder, ids, pool):
     """Which of these ids a record's run asked for: a dict of iteration to (a dict of group to bool (N,), the images
-    that are neither for test nor asked for earlier, bool (N,)). ids: images of the pools and of the test."""
-    test = {row["id"] for row in read_csv(folder / "test_dice.csv")}
-    others, found = np.array([id not in test for id in ids], bool), {}
+    that were in the pool then, bool (N,)). pool: the ids of the first pool."""
+    others, found = np.array([id in pool for id in ids], bool), {}
     for iteration, groups in experiment.recorded_queries(folder).items():
         of = {group: np.array([groups.get(id) == group for id in ids], bool) for group in GROUPS}
         found[iteration] = of, others.copy()
@@ -81,9 +86,9 @@ def difference(asked, others, dice):
     return float(mean(asked, *whole)), (float(less(*whole)), float(low), float(high))
 
 
-def table(out, agreement):
-    """The rows of the table, a list of dict: for each arm of the records that have queries, by group over all
-    iterations, and by iteration over all groups that a person is asked for."""
+def table(out, agreement, pools):
+    """The rows of the table, a list of dict: for each arm of the records that have queries and whose pool is known, by
+    group over all iterations, and by iteration over all groups that a person is asked for."""
     ids, dice = list(agreement), np.array(list(agreement.values()))
     runs = {}
     for folder in experiment.record_folders(out):
@@ -91,7 +96,8 @@ def table(out, agreement):
         with experiment.as_written(folder):
             if json.loads((folder / "config.json").read_text()).get("validation"):
                 raise UserError(f"{folder}: made with --validation, so its test images would count; use a run without")
-            if run.arm not in FULL and (found := asked_and_others(folder, ids)):
+            pool = pools.get(first_labels(folder))
+            if run.arm not in FULL and pool and (found := asked_and_others(folder, ids, pool)):
                 runs.setdefault((run.regime, run.arm), []).append(found)
     rows = []
     for (regime, arm), seeds in runs.items():
@@ -113,9 +119,10 @@ def table(out, agreement):
 def report(out, agreement):
     """Write agreement.md and agreement.json, and print the table. Raises UserError if no record has queries, or none
     asked for one of these images."""
-    if not (pool := pool_images(out)):
-        raise UserError(f"{out}: no record with queries; do runs with reproduce.py first")
-    if not (rows := table(out, {id: dice for id, dice in agreement.items() if id in pool})):
+    if not (pools := pool_images(out)):
+        raise UserError(f"{out}: no record with scores; do runs with reproduce.py first, such as those of ceal")
+    in_a_pool = set().union(*pools.values())
+    if not (rows := table(out, {id: dice for id, dice in agreement.items() if id in in_a_pool}, pools)):
         raise UserError(f"{out}: asked for none of the csv file's images; are their ids those of the data file?")
     known = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
     experiment.write_table(out / "agreement.md", list(rows[0]), known)

@@ -44,6 +44,18 @@ def test_the_agreement_over_what_was_asked_for_is_the_mean_by_hand(records, caps
     assert "| scarce | ceal | 2 | most uncertain | 1 to 2 | 4 | 0.2000 |" in capsys.readouterr().out
 
 
+def test_a_run_without_scores_has_the_pool_of_one_with_the_same_first_labels(records):
+    for name, settings in ("scarce-random-1", {}), ("paper-random-1", {"initial": 9}):
+        folder = records / "out" / "records" / name
+        write_csv(folder / "test_dice.csv", ["id", "iteration_00"], [["t", 0.5]])
+        (folder / "config.json").write_text(json.dumps({"validation": 0, **settings}))
+        write_csv(folder / "queries.csv", ["iteration", "id", "group"], [(1, "b", "random"), (2, "c", "random")])
+    agreement.report(records / "out", agreement.read_agreement(records / "people.csv"))
+    rows = json.loads((records / "out" / "agreement.json").read_text())
+    (found,) = (row for row in rows if row["arm"] == "random" and row["group"] == "all" and row["iteration"] == 1)
+    assert (found["regime"], found["less_others"][0]) == ("scarce", pytest.approx(0.8 - 4.4 / 8))
+
+
 def test_runs_that_hold_out_images_do_not_count_their_test_images(records):
     (records / "out" / "records" / "scarce-ceal-2" / "config.json").write_text('{"validation": 8}')
     with pytest.raises(UserError, match="scarce-ceal-2: made with --validation"):
@@ -85,5 +97,5 @@ def test_a_file_of_other_images_is_named(records):
 
 
 def test_without_queries_there_is_no_table(tmp_path):
-    with pytest.raises(UserError, match=r"no record with queries; do runs with reproduce\.py first"):
+    with pytest.raises(UserError, match=r"no record with scores; do runs with reproduce\.py first"):
         agreement.report(tmp_path, PEOPLE)
