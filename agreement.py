@@ -37,6 +37,11 @@ def read_agreement(path):
     return found
 
 
+def disputed_images(agreement):
+    """The ids of the images of which two people's masks differ. agreement: as from `read_agreement`."""
+    return {id for id, dice in agreement.items() if dice < DISPUTED}
+
+
 def first_labels(folder):
     """The settings of a record's run on which the images of its first pool depend, a tuple."""
     stored = json.loads((folder / "config.json").read_text())
@@ -48,8 +53,8 @@ def pool_images(out):
     pools = {}
     for folder in experiment.record_folders(out):
         with experiment.as_written(folder):
-            for pool in experiment.read_pools(folder).values():
-                pools.setdefault(first_labels(folder), set()).update(pool["id"].tolist())
+            if ids := {id for pool in experiment.read_pools(folder).values() for id in pool["id"].tolist()}:
+                pools.setdefault(first_labels(folder), set()).update(ids)
     return pools
 
 
@@ -117,7 +122,7 @@ def table(out, agreement, pools):
 
 
 def report(out, agreement):
-    """Write agreement.md and agreement.json, and print the table. Raises UserError if no record has queries, or none
+    """Write agreement.md and agreement.json, and print the table. Raises UserError if no record has scores, or none
     asked for one of these images."""
     if not (pools := pool_images(out)):
         raise UserError(f"{out}: no record with scores; do runs with reproduce.py first, such as those of ceal")

@@ -26,7 +26,7 @@ import numpy as np
 import ceal
 import experiment
 import figures
-from agreement import DISPUTED, read_agreement
+from agreement import disputed_images, read_agreement
 from audit import draw_audit
 from data import Dataset, normalisation, split_of_run
 from experiment import (
@@ -306,7 +306,7 @@ def main():
         raise UserError(f"--arms {unknown[0]}: not an arm that chooses labels")
     if args.agreement is None and (without := [arm for arm in arms if parts_of(arm)[1]]):
         raise UserError(f"--arms {without[0]}: give --agreement, the file that says what two people draw differently")
-    disputed = args.agreement and {id for id, dice in read_agreement(args.agreement).items() if dice < DISPUTED}
+    disputed = args.agreement and disputed_images(read_agreement(args.agreement))
     try:
         seeds, at = experiment.read_seeds(args.seeds), [int(number) for number in args.at.split(",")]
     except ValueError:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from agreement import DISPUTED, read_agreement
+from agreement import disputed_images, read_agreement
 from data import Dataset
 from experiment import REGIMES, Run, read_base, read_seeds
 from labels import labels_of
@@ -22,7 +22,7 @@ def main():
     """The command line."""
     agreement, out, annotations, seeds, arms = sys.argv[1:]
     people = read_agreement(Path(agreement))
-    disputed = {id for id, dice in people.items() if dice < DISPUTED}
+    disputed = disputed_images(people)
     base = read_base(["--preset", "quick"])
     print(
         "| arm | asked for | several masks | disputed | agreement | lesion, % |\n| --- | --- | --- | --- | --- | --- |"
@@ -34,9 +34,9 @@ def main():
                 run = Run(REGIMES[0], arm, seed)
                 _, parts, pool, _ = labels_of(run, base, dataset, Path(out), int(annotations), disputed)
                 asked = np.setdiff1d(pool.training_set()[0], parts.initial)
-                known = [people[id] for id in dataset.ids[asked].tolist() if id in people]
-                lesion = np.mean(dataset.masks(asked)) * 100
-                rows.append((len(asked), len(known), sum(dice < DISPUTED for dice in known), np.mean(known), lesion))
+                known = [id for id in dataset.ids[asked].tolist() if id in people]
+                agreed, lesion = np.mean([people[id] for id in known]), np.mean(dataset.masks(asked)) * 100
+                rows.append((len(asked), len(known), len(disputed.intersection(known)), agreed, lesion))
             print("| {} | {:.0f} | {:.1f} | {:.1f} | {:.3f} | {:.1f} |".format(arm, *np.mean(rows, 0)))
 
 
