@@ -57,11 +57,16 @@ class WildColours(layers.Layer):
         return tf.concat([images, masks], -1)
 
 
+# How much more of the scene a zoomed image shows, at least and at most, as a share of its height and width.
+ZOOMS = {"strong": (-0.15, 0.15), "far": (-0.15, 1.0), "wild": (-0.4, 0.5)}
+
+
 def augmentation(rotation, width_shift, seed, kind="paper"):
     """Keras layers for a batch float32 (N, H, W, C) with the mask as last channel. Each image is changed at random:
     rotated by up to `rotation` degrees either way, shifted by up to `width_shift` of its width, mirrored. If `kind` is
     `strong`, it is also shifted by the same share of its height, zoomed by up to 15 %, mirrored vertically and changed
-    in colour. `wild` is the same with zooms of 0.6 to 1.5 and WildColours."""
+    in colour. `far` is the same, but up to twice as much of the scene is shown, so that lesions are smaller; `wild` has
+    zooms of 0.6 to 1.5 and WildColours."""
     strong = kind != "paper"
     height_shift = width_shift if strong else 0.0
     movements = [
@@ -70,8 +75,8 @@ def augmentation(rotation, width_shift, seed, kind="paper"):
         layers.RandomFlip("horizontal_and_vertical" if strong else "horizontal", seed=derived_seed(seed, "flip")),
     ]
     if strong:
-        zooms, colours = ((-0.4, 0.5), WildColours) if kind == "wild" else ((-0.15, 0.15), ColourJitter)
-        zoom = layers.RandomZoom(zooms, fill_mode="nearest", seed=derived_seed(seed, "zoom"))
+        colours = WildColours if kind == "wild" else ColourJitter
+        zoom = layers.RandomZoom(ZOOMS[kind], fill_mode="nearest", seed=derived_seed(seed, "zoom"))
         movements += [zoom, colours(derived_seed(seed, "colours"))]
     return keras.Sequential(movements)
 

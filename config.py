@@ -16,10 +16,11 @@ from strategies import STRATEGIES
 from utils import UserError
 
 # The choices that batches.py, unet.py, sampler.py and trainer.py offer; a test compares these names with those there.
-AUGMENTATIONS = "paper", "strong", "wild"
+AUGMENTATIONS = "paper", "strong", "far", "wild"
 INITIALIZERS = "GlorotUniform", "HeNormal"  # as published (Keras' default); as is usual before ReLU
 LOSSES = "dice", "dice_bce", "jaccard_bce", "tversky_bce"
 MEASURES = "variance", "entropy", "bald"
+NORMALISATIONS = "data", "image"
 PRECISIONS = "float32", "bfloat16", "float16"
 SCHEDULES = "constant", "cosine"
 STARTS = "random", "typical"
@@ -124,6 +125,11 @@ class Config:
 
     filters: int = setting(32, "filters of the network's first level; each of the four deeper levels doubles them", 1)
     dropout: float = setting(0.5, "dropout rate at the bottleneck, in training and in Monte Carlo passes", 0)
+    normalisation: str = setting(
+        "data",
+        "data: by mean and deviation of the images labelled at first; image: then each image by its own",
+        choices=NORMALISATIONS,
+    )
     initializer: str = setting("GlorotUniform", "how the initial weights are drawn", choices=INITIALIZERS)
     learning_rate: float = setting(1e-5, "Adam's highest learning rate in the initial training", 0)
     active_learning_rate: float = setting(0.0, "highest learning rate in later trainings; 0: as --learning-rate", 0)
@@ -146,7 +152,7 @@ class Config:
         "initial", "which trainings are augmented: the initial one, all or none", choices=("initial", "all", "none")
     )
     augmentation: str = setting(
-        "paper", "paper: rotate, shift, flip; strong, wild: more (batches.augmentation)", choices=AUGMENTATIONS
+        "paper", "paper: rotate, shift, flip; strong, far, wild: more (batches.augmentation)", choices=AUGMENTATIONS
     )
     artefacts: float = setting(
         0.0, "share of augmented images with drawn artefacts: hairs, rulers, pen, bubbles, stickers, dark corners", 0

@@ -272,12 +272,11 @@ class Predicting:
 
     def __init__(self, task):
         from devices import use_devices  # here, because TensorFlow takes seconds to import
-        from unet import build_unet
+        from unet import build_from
 
         use_devices()
         self.settings, self.options = task["settings"], task["options"]
-        sizes = {name: self.settings[name] for name in ("height", "width", "channels", "filters", "dropout")}
-        self.model = build_unet(**sizes, precision=task["precision"])
+        self.model = build_from(self.settings, task["precision"])
 
     def begin(self, task):
         """Take the weights. Returns True: this machine reads the images itself."""

@@ -181,7 +181,8 @@ class Trainer:
         keras.utils.set_random_seed(derived_seed(config.seed, "weights"))
         size = dataset.height, dataset.width, dataset.channels
         with strategy.scope():
-            self.model = build_unet(*size, config.filters, config.dropout, config.precision, config.initializer)
+            network = config.filters, config.dropout, config.precision, config.initializer
+            self.model = build_unet(*size, *network, standardise=config.normalisation == "image")
             decay = config.weight_average
             optimizer = keras.optimizers.Adam(config.learning_rate, use_ema=decay > 0, ema_momentum=decay)
             if config.precision == "float16":  # small gradients would become 0

@@ -20,6 +20,7 @@ layers = keras.layers
 
 
 LARGEST_KERNEL = "layers/conv2d_9/vars/0"  # in a weights file: the kernel of bottleneck_b
+LEAST_CONTRAST = 0.05  # of an image, in deviations of all images; what is below is not strengthened to a full contrast
 LEVELS = 4  # the number of times that the network halves its input
 # The choices of --precision. In half precision the layers compute in 16 bits; weights, loss and output stay float32.
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
@@ -90,14 +91,33 @@ class Dropout(layers.Dropout):
         return tf.where(kept, inputs * tf.cast(1 / (1 - self.rate), inputs.dtype), tf.zeros([], inputs.dtype))
 
 
-def build_unet(height, width, channels=1, filters=32, dropout=0.5, precision="float32", initializer="GlorotUniform"):
+class Standardise(layers.Layer):
+    """Each image minus its own mean, divided by its own deviation, per channel [ours]: a contrast that does not depend
+    on skin, light and camera. Input and output float32 (N, H, W, C). An image of one colour becomes 0."""
+
+    def call(self, inputs):
+        centred = inputs - tf.reduce_mean(inputs, [1, 2], keepdims=True)
+        deviation = tf.sqrt(tf.reduce_mean(tf.square(centred), [1, 2], keepdims=True))
+        return centred / (deviation + LEAST_CONTRAST)
+
+
+def build_unet(
+    height,
+    width,
+    channels=1,
+    filters=32,
+    dropout=0.5,
+    precision="float32",
+    initializer="GlorotUniform",
+    standardise=False,
+):
     """The network of the paper's published code.
 
     Input float32 (N, height, width, channels), normalised; output float32 (N, height, width, 1), the probability
     of lesion. Two 3x3 ReLU convolutions per level with `filters` to 16 * `filters` channels, 2x2 max-pooling,
     nearest up-sampling then concatenation, and one dropout layer after the bottleneck. 7,846,081 parameters for one
     channel and 32 filters. precision: a key of PRECISIONS, the type in which the layers compute. initializer: the
-    name of a Keras initializer.
+    name of a Keras initializer. standardise: put `Standardise` before the first layer.
     Raises ValueError if height or width cannot be halved four times.
     """
     if height % 2**LEVELS or width % 2**LEVELS or min(height, width) < 2**LEVELS:
@@ -111,6 +131,8 @@ def build_unet(height, width, channels=1, filters=32, dropout=0.5, precision="fl
         return x
 
     x = inputs = keras.Input((height, width, channels), name="image")
+    if standardise:
+        x = Standardise(dtype="float32", name="standardise")(x)
     skips = []
     for level in range(LEVELS):
         x = convolutions(x, level, f"encoder_{level}")
@@ -216,7 +238,24 @@ def unet_settings(model):
     first = model.get_layer("encoder_0_a")
     sizes = {"height": height, "width": width, "channels": channels, "filters": first.filters}
     initializer = type(first.kernel_initializer).__name__
-    return {**sizes, "dropout": dropout.rate, "precision": precision, "initializer": initializer}
+    standardise = any(isinstance(layer, Standardise) for layer in model.layers)
+    return {
+        **sizes,
+        "dropout": dropout.rate,
+        "precision": precision,
+        "initializer": initializer,
+        "standardise": standardise,
+    }
+
+
+def build_from(settings, precision):
+    """The network of a weights file's settings, a dict as `load_unet` returns it, with weights that do not matter."""
+    names = "height", "width", "channels", "filters", "dropout"
+    return build_unet(
+        **{name: settings[name] for name in names},
+        precision=precision,
+        standardise=settings.get("standardise", False),
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- the losses
@@ -306,11 +345,14 @@ LOSSES = {
 
 def save_unet(model, path, mean, std, dtype="float32"):
     """Write the weights to `path` (*.weights.h5, standard Keras) and the settings to its attribute `unet`: height,
-    width, channels, filters, dropout, and the normalisation's mean and std, each a list with a float per channel.
+    width, channels, filters, dropout, whether it standardises each image, and the normalisation's mean and std, each a
+    list with a float per channel.
 
     dtype: `float16` stores the large kernels in half precision, as in weights/; the loaded network is float32 again."""
     settings = {**unet_settings(model), "mean": [float(m) for m in mean], "std": [float(s) for s in std]}
     del settings["precision"], settings["initializer"]  # they belong to the training
+    if not settings["standardise"]:
+        del settings["standardise"]  # as in files of earlier versions
     if dtype == "float16":
         half = keras.models.clone_model(model, clone_function=_stored_in_half)
         half.set_weights(model.get_weights())
@@ -370,6 +412,8 @@ def _checked_settings(path):
         raise ValueError(f"weights of type {stored}, not float16 or float32")
     if stored.itemsize * count_parameters(channels, filters) > os.path.getsize(path):
         raise ValueError(f"the file is too small for {filters} filters")
+    if type(settings.get("standardise", False)) is not bool:
+        raise ValueError(f"impossible standardise: {settings['standardise']}")
     if not 0 <= settings["dropout"] < 1:
         raise ValueError(f"impossible dropout: {settings['dropout']}")
     normalisation = np.array([settings["mean"], settings["std"]], float)
@@ -388,8 +432,7 @@ def load_unet(path, precision="float32"):
         raise UserError(f"{path}: there is no such weights file; train.py writes iteration_KK/model.weights.h5")
     try:
         settings = _checked_settings(path)
-        sizes = {k: settings[k] for k in ("height", "width", "channels", "filters", "dropout")}
-        model = build_unet(**sizes, precision=precision)
+        model = build_from(settings, precision)
         load_weights(model, path)
         if not all(np.isfinite(values).all() for values in model.get_weights()):
             raise ValueError("some weights are not finite, because their training diverged")

@@ -303,7 +303,7 @@ train.main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["dice", "dice_bce", "jaccard_bce --weight-average 0.5"])
+@pytest.mark.parametrize("loss", ["dice", "dice_bce", "jaccard_bce --weight-average 0.5 --normalisation image"])
 def test_two_devices_do_what_one_does(dataset, tmp_path, loss):
     """All numbers of images are odd, so that the shares of the devices differ in size."""
     options = f"{TINY} {QUERIES} --loss {loss} --pool 29 --initial 15 --iterations 1".split()
@@ -404,6 +404,15 @@ def test_strong_augmentation_moves_image_and_mask_together_and_changes_colours_a
         np.testing.assert_allclose(contrast, contrast[0], rtol=0.1)  # some pixels of interpolated edges lie outside
         assert 0.7 < contrast[0] < 1.25
     assert not np.allclose(images[0, 0, 0], images[1, 0, 0])
+
+
+def test_far_augmentation_makes_lesions_smaller():
+    _, masks = blobs(64, 48, 64)
+    ((images, targets),) = batches_of(masks.astype("f4"), masks, 64, augmentation(180, 0.1, seed=1, kind="far"))
+    areas = targets.numpy().mean((1, 2, 3)) / masks.mean((1, 2, 3))
+    assert 0.2 < areas.min() < 0.35
+    assert 0.4 < np.median(areas) < 0.7
+    assert areas.max() < 1.5
 
 
 def test_wild_augmentation_moves_image_and_mask_together_and_changes_light_and_colours():

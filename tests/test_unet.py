@@ -20,10 +20,11 @@ from unet import build_unet, dice_coefficient, dice_loss, kept_units, keras, loa
 from utils import UserError
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["grey", "RGB"])
+@pytest.fixture(scope="module", params=[(1, False), (3, False), (3, True)], ids=["grey", "RGB", "standardised"])
 def network(request):
     keras.utils.set_random_seed(7)
-    model = build_unet(48, 64, request.param, filters=4)
+    channels, standardise = request.param
+    model = build_unet(48, 64, channels, filters=4, standardise=standardise)
     for variable in model.trainable_variables:  # larger than the initial weights, so that the passes differ
         variable.assign(variable * 1.4)
     return model
@@ -50,6 +51,17 @@ def test_it_is_the_papers_network():
 def test_a_size_that_cannot_be_halved_four_times_is_refused(height, width):
     with pytest.raises(ValueError, match="multiples of 16"):
         build_unet(height, width)
+
+
+def test_a_standardised_network_does_not_see_light_and_colour_of_the_whole_image(images):
+    keras.utils.set_random_seed(7)
+    model = build_unet(48, 64, images.shape[-1], filters=4, standardise=True)
+    plain = model.predict(images, verbose=0)
+    np.testing.assert_allclose(model.predict(2 * images - 3, verbose=0), plain, atol=0.01)
+    np.testing.assert_allclose(model.predict(images.mean((1, 2), keepdims=True) + images, verbose=0), plain, atol=1e-5)
+    one_colour = model.predict(np.full_like(images, 5), verbose=0)
+    np.testing.assert_array_equal(one_colour, model.predict(np.zeros_like(images), verbose=0))
+    assert not np.allclose(model.predict(images[:, ::-1], verbose=0), plain, atol=1e-3)
 
 
 def test_dropout_is_on_in_training_and_off_in_prediction(network, images):
@@ -320,6 +332,8 @@ def test_saved_weights_bring_all_that_the_network_needs(network, images, tmp_pat
     model, settings = load_unet(path)
     np.testing.assert_array_equal(model.predict(images, verbose=0), network.predict(images, verbose=0))
     expected = {"height": 48, "width": 64, "channels": channels, "filters": 4, "dropout": 0.5}
+    if "standardise" in [layer.name for layer in network.layers]:
+        expected["standardise"] = True
     assert settings == {**expected, "mean": [100.0] * channels, "std": [50.0] * channels}
     build_unet(48, 64, channels, filters=4).load_weights(path)  # standard Keras can read it too
     assert [p.name for p in tmp_path.iterdir()] == ["x.weights.h5"]

@@ -44,7 +44,13 @@ IMPOSSIBLE = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name in IMPOSSIBLE for value in IMPOSSIBLE[name]])
+# Only files of standardised networks have it.
+OPTIONAL = {"standardise": [1, "yes", None, [True]]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in (IMPOSSIBLE | OPTIONAL).items() for value in values]
+)
 def test_impossible_settings_are_refused(weights, name, value):
     with h5py.File(weights, "r+") as file:
         settings = json.loads(file.attrs["unet"])
