@@ -64,8 +64,11 @@ PRESETS = {
         "pool": 0,
         "iterations": 0,
         "batch_size": 8,
-        "initial_steps": 6500,
-        "augmentation": "strong",
+        "initial_steps": 13000,
+        "normalisation": "image",
+        "loss": "jaccard_bce",
+        "augmentation": "far",
+        "artefacts": 0.5,
         "rotation": 30.0,
     },
     "demo": {

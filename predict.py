@@ -43,6 +43,10 @@ from utils import (
 )
 
 SHIPPED = [Path(__file__).parent / "weights" / f"{name}.weights.h5" for name in ("best", "paper")]  # the best first
+# How masks are made unless the command says otherwise: as the paper does it, and by the best shipped weights as was
+# best in trials over folds by origin (weights/README.md).
+PLAIN = {"tta": False, "largest": False, "threshold": 0.5}
+BEST = {"tta": True, "largest": True, "threshold": 0.5}
 
 
 # ---------------------------------------------------------------------------------------------------------- the inputs
@@ -186,9 +190,10 @@ def read_arguments():
     add("--uncertainty", action="store_true", help="write maps (white: 0.25) and scores.csv (--distance inside)")
     add("--passes", type=int, metavar="T", help="Monte Carlo passes for --uncertainty (default 20)")
     add("--truth", type=Path, metavar="DIR", help="true masks, NAME_segmentation.png: evaluate the masks")
-    add("--tta", action="store_true", help="average the predictions of the image and its three mirrored versions")
-    add("--largest", action="store_true", help="keep only the mask's largest connected part and fill its holes")
-    add("--threshold", type=float, default=0.5, metavar="X", help="pixels above X are lesion (default %(default)s)")
+    switch, usual = argparse.BooleanOptionalAction, "default: only for the best weights of weights/"
+    add("--tta", action=switch, help=f"average the predictions of the image and its three mirrored versions ({usual})")
+    add("--largest", action=switch, help=f"keep only the mask's largest connected part, fill its holes ({usual})")
+    add("--threshold", type=float, metavar="X", help="pixels above X are lesion (default 0.5)")
     add("--try-thresholds", action="store_true", help="with --truth: print the Dice at thresholds of 0.05 to 0.95")
     add("--precision", default="float32", choices=PRECISIONS, help="the network's precision (default float32)")
     add_cluster_options(parser, "predict the images")
@@ -199,7 +204,7 @@ def read_arguments():
     args.passes = 20 if args.passes is None else args.passes
     if not 1 <= args.passes < 2**31:
         raise UserError(f"--passes {args.passes}: must be at least 1 and below 2**31")
-    if not 0 < args.threshold < 1:
+    if args.threshold is not None and not 0 < args.threshold < 1:
         raise UserError(f"--threshold {args.threshold}: must lie between 0 and 1")
     if args.try_thresholds and not args.truth:
         raise UserError("--try-thresholds needs true masks; add --truth DIR")
@@ -269,13 +274,16 @@ def main():
         used = {str(path) for path in truths.values()}
         left_out = list({item.path: item for item in left_out + others if item.path not in used}.values())
     passes = args.passes if args.uncertainty else 0
-    options = Options(
-        args.out, args.threshold, args.tta, args.largest, passes, args.overlay, truths, args.try_thresholds, images
-    )
+    usual = BEST if weights.resolve() == SHIPPED[0].resolve() else PLAIN
+    given = {name: getattr(args, name) for name in usual if getattr(args, name) is not None}
+    own = {"passes": passes, "overlay": args.overlay, "try_thresholds": args.try_thresholds}
+    options = Options(args.out, **{**usual, **given}, **own, truths=truths, names=images)
     found = predict_images(images, weights, options, args)
     results, errors = ([one for one in found if isinstance(one, UserError) == failed] for failed in (False, True))
     unreadable = f"; {len(errors)} images could not be read" if errors else ""
-    print(f"{args.out}: {len(results)} masks by {weights}, threshold {args.threshold:g}{unreadable}")
+    how = [f"--{name}" for name in ("tta", "largest") if getattr(options, name)]
+    how = ", ".join([f"threshold {options.threshold:g}", *how])
+    print(f"{args.out}: {len(results)} masks by {weights}, {how}{unreadable}")
     if args.uncertainty and results:
         report_uncertainty(results, args.out / "uncertainty")
     if args.truth:

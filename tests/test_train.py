@@ -408,7 +408,7 @@ def test_strong_augmentation_moves_image_and_mask_together_and_changes_colours_a
 
 def test_far_augmentation_makes_lesions_smaller():
     _, masks = blobs(64, 48, 64)
-    ((images, targets),) = batches_of(masks.astype("f4"), masks, 64, augmentation(180, 0.1, seed=1, kind="far"))
+    ((_, targets),) = batches_of(masks.astype("f4"), masks, 64, augmentation(180, 0.1, seed=1, kind="far"))
     areas = targets.numpy().mean((1, 2, 3)) / masks.mean((1, 2, 3))
     assert 0.2 < areas.min() < 0.35
     assert 0.4 < np.median(areas) < 0.7
