@@ -528,6 +528,25 @@ def test_the_best_shipped_weights_are_used_without_weights(lesions, unet_weights
     assert Path("masks/ISIC_0000001_segmentation.png").exists()
 
 
+def test_only_the_best_shipped_weights_have_defaults_of_their_own(lesions, unet_weights, monkeypatch, capsys):
+    image, best = lesions / "images" / "ISIC_0000001.jpg", lesions / "best.weights.h5"
+    best.write_bytes(unet_weights.read_bytes())
+    monkeypatch.setattr(predict, "SHIPPED", [best])
+
+    def mask_and_text(*options):
+        assert run_main(monkeypatch, image, "--out", lesions / "out", *options) == 0
+        return np.array(Image.open(lesions / "out/ISIC_0000001_segmentation.png")), capsys.readouterr().out
+
+    (mask, text), others = mask_and_text(), ("--weights", unet_weights)
+    expected, _ = mask_and_text(*others, "--tta", "--largest")
+    np.testing.assert_array_equal(mask, expected)
+    assert f"by {best}, threshold 0.5, --tta, --largest\n" in text
+    plain, text = mask_and_text("--no-tta", "--no-largest")
+    np.testing.assert_array_equal(plain, mask_and_text(*others)[0])
+    assert f"by {best}, threshold 0.5\n" in text
+    assert (plain != mask).any()
+
+
 def test_the_weights_folder_is_beside_the_program():
     assert [path.name for path in predict.SHIPPED] == ["best.weights.h5", "paper.weights.h5"]
     assert {path.parent for path in predict.SHIPPED} == {Path(predict.__file__).parent / "weights"}
