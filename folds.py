@@ -1,7 +1,7 @@
 """Trials over folds by origin: each network is trained on all folds but one and measured on the one left out.
 
     python folds.py --preset best --trial baseline                              # five networks, one for each fold
-    python folds.py --preset best --trial longer --initial-steps 13000 --folds slides,bar
+    python folds.py --preset best --trial longer --initial-steps 26000 --folds slides,bar
     python folds.py --trial baseline --measure isic2017 --tta --largest         # with predict.py and its options
     python folds.py --report
 

@@ -362,7 +362,7 @@ def save_unet(model, path, mean, std, dtype="float32"):
 
 def _stored_in_half(layer):
     """The same layer, in float16 if it has many weights. The finest levels have few; they decide where contours lie."""
-    many = layer.count_params() > 50_000
+    many = layer.count_params() > 30_000
     return type(layer).from_config({**layer.get_config(), "dtype": "float16" if many else "float32"})
 
 

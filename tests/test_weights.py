@@ -205,7 +205,7 @@ def test_half_precision_is_for_the_large_kernels_and_is_loaded_as_float32(unet_w
     saved = 0
     for layer, twin in zip(full.layers, half.layers, strict=True):
         for a, b in zip(layer.get_weights(), twin.get_weights(), strict=True):
-            stored = np.float16 if layer.count_params() > 50_000 else np.float32
+            stored = np.float16 if layer.count_params() > 30_000 else np.float32
             np.testing.assert_array_equal(a.astype(stored).astype(np.float32), b)
             saved += a.nbytes // 2 if stored == np.float16 else 0
     assert saved > 0.65 * 2 * count_parameters(1, 8)
