@@ -43,10 +43,7 @@ from utils import (
 )
 
 SHIPPED = [Path(__file__).parent / "weights" / f"{name}.weights.h5" for name in ("best", "paper")]  # the best first
-# How masks are made unless the command says otherwise: as the paper does it, and by the best shipped weights as was
-# best in trials over folds by origin (weights/README.md).
-PLAIN = {"tta": False, "largest": False, "threshold": 0.5}
-BEST = {"tta": True, "largest": True, "threshold": 0.5}
+BEST = {"tta": True, "largest": True}  # its defaults, chosen in trials over folds by origin (weights/README.md)
 
 
 # ---------------------------------------------------------------------------------------------------------- the inputs
@@ -193,7 +190,7 @@ def read_arguments():
     switch, usual = argparse.BooleanOptionalAction, "default: only for the best weights of weights/"
     add("--tta", action=switch, help=f"average the predictions of the image and its three mirrored versions ({usual})")
     add("--largest", action=switch, help=f"keep only the mask's largest connected part, fill its holes ({usual})")
-    add("--threshold", type=float, metavar="X", help="pixels above X are lesion (default 0.5)")
+    add("--threshold", type=float, default=0.5, metavar="X", help="pixels above X are lesion (default %(default)s)")
     add("--try-thresholds", action="store_true", help="with --truth: print the Dice at thresholds of 0.05 to 0.95")
     add("--precision", default="float32", choices=PRECISIONS, help="the network's precision (default float32)")
     add_cluster_options(parser, "predict the images")
@@ -204,7 +201,7 @@ def read_arguments():
     args.passes = 20 if args.passes is None else args.passes
     if not 1 <= args.passes < 2**31:
         raise UserError(f"--passes {args.passes}: must be at least 1 and below 2**31")
-    if args.threshold is not None and not 0 < args.threshold < 1:
+    if not 0 < args.threshold < 1:
         raise UserError(f"--threshold {args.threshold}: must lie between 0 and 1")
     if args.try_thresholds and not args.truth:
         raise UserError("--try-thresholds needs true masks; add --truth DIR")
@@ -274,16 +271,15 @@ def main():
         used = {str(path) for path in truths.values()}
         left_out = list({item.path: item for item in left_out + others if item.path not in used}.values())
     passes = args.passes if args.uncertainty else 0
-    usual = BEST if weights.resolve() == SHIPPED[0].resolve() else PLAIN
-    given = {name: getattr(args, name) for name in usual if getattr(args, name) is not None}
+    how = dict(BEST) if weights.resolve() == SHIPPED[0].resolve() else {}
+    how |= {name: getattr(args, name) for name in ("tta", "largest") if getattr(args, name) is not None}
     own = {"passes": passes, "overlay": args.overlay, "try_thresholds": args.try_thresholds}
-    options = Options(args.out, **{**usual, **given}, **own, truths=truths, names=images)
+    options = Options(args.out, args.threshold, **how, **own, truths=truths, names=images)
     found = predict_images(images, weights, options, args)
     results, errors = ([one for one in found if isinstance(one, UserError) == failed] for failed in (False, True))
     unreadable = f"; {len(errors)} images could not be read" if errors else ""
-    how = [f"--{name}" for name in ("tta", "largest") if getattr(options, name)]
-    how = ", ".join([f"threshold {options.threshold:g}", *how])
-    print(f"{args.out}: {len(results)} masks by {weights}, {how}{unreadable}")
+    made = ", ".join([f"threshold {args.threshold:g}", *(f"--{name}" for name in how if how[name])])
+    print(f"{args.out}: {len(results)} masks by {weights}, {made}{unreadable}")
     if args.uncertainty and results:
         report_uncertainty(results, args.out / "uncertainty")
     if args.truth:
